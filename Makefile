@@ -1,0 +1,48 @@
+# Every target sets up what it needs by itself; see tools/setup.sh.
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON := $(BIN)/python
+READY  := $(VENV)/.ready
+
+.PHONY: help setup check test demo bench sim soak clean
+
+help:
+	@echo "make setup   virtual environment and tools"
+	@echo "make check   format, lint, types, layers, quick tests (under three minutes)"
+	@echo "make test    everything, with real clients and virtual machines"
+	@echo "make demo    two devices die under a running guest; nothing is lost"
+	@echo "make bench   throughput, side by side with other NBD servers"
+	@echo "make sim     crash simulation, SEEDS=n of them (default 200)"
+	@echo "make soak    the simulation until interrupted"
+	@echo "make clean   remove what can be made again"
+
+$(READY): pyproject.toml constraints.txt tools/setup.sh
+	@tools/setup.sh
+
+setup: $(READY)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTHON) -m pytest -q -n 2 -m "not slow and not guest" $(wildcard tests/unit tests/contract tests/sim)
+
+test: $(READY)
+	$(PYTHON) -m pytest tests $(PYTEST_ARGS)
+
+demo: $(READY)
+	$(PYTHON) -m bench.demo
+
+bench: $(READY)
+	$(PYTHON) -m bench $(BENCH_ARGS)
+
+sim: $(READY)
+	$(PYTHON) -m tests.sim --seeds $(or $(SEEDS),200)
+
+soak: $(READY)
+	$(PYTHON) -m tests.sim --forever
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

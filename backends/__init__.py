@@ -1,0 +1,1 @@
+"""Backend adapters: everything that can hold a part of a pool. Imports nothing else of ours."""

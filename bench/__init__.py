@@ -1,0 +1,1 @@
+"""Figures and the demonstration. Everything here drives the `stripewell` command from outside."""

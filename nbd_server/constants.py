@@ -1,0 +1,100 @@
+"""Numbers of the NBD wire protocol, under the names the specification gives them.
+
+Everything else in this package imports them from here; nothing here has behaviour.
+"""
+
+from __future__ import annotations
+
+# Magic numbers
+NBDMAGIC = 0x4E42444D41474943
+IHAVEOPT = 0x49484156454F5054
+OPTION_REPLY_MAGIC = 0x0003E889045565A9
+REQUEST_MAGIC = 0x25609513
+SIMPLE_REPLY_MAGIC = 0x67446698
+STRUCTURED_REPLY_MAGIC = 0x668E33EF
+
+# Handshake flags (server) and client flags
+FLAG_FIXED_NEWSTYLE = 1 << 0
+FLAG_NO_ZEROES = 1 << 1
+FLAG_C_FIXED_NEWSTYLE = 1 << 0
+FLAG_C_NO_ZEROES = 1 << 1
+
+# Options
+OPT_EXPORT_NAME = 1
+OPT_ABORT = 2
+OPT_LIST = 3
+OPT_STARTTLS = 5
+OPT_INFO = 6
+OPT_GO = 7
+OPT_STRUCTURED_REPLY = 8
+OPT_LIST_META_CONTEXT = 9
+OPT_SET_META_CONTEXT = 10
+OPT_EXTENDED_HEADERS = 11
+
+# Option replies
+REP_ACK = 1
+REP_SERVER = 2
+REP_INFO = 3
+REP_META_CONTEXT = 4
+REP_FLAG_ERROR = 1 << 31
+REP_ERR_UNSUP = REP_FLAG_ERROR + 1
+REP_ERR_POLICY = REP_FLAG_ERROR + 2
+REP_ERR_INVALID = REP_FLAG_ERROR + 3
+REP_ERR_UNKNOWN = REP_FLAG_ERROR + 6
+REP_ERR_TOO_BIG = REP_FLAG_ERROR + 9
+
+# Information types of INFO and GO
+INFO_EXPORT = 0
+INFO_NAME = 1
+INFO_DESCRIPTION = 2
+INFO_BLOCK_SIZE = 3
+
+# Transmission flags
+TRANSMIT_HAS_FLAGS = 1 << 0
+TRANSMIT_READ_ONLY = 1 << 1
+TRANSMIT_SEND_FLUSH = 1 << 2
+TRANSMIT_SEND_FUA = 1 << 3
+TRANSMIT_SEND_TRIM = 1 << 5
+TRANSMIT_SEND_WRITE_ZEROES = 1 << 6
+TRANSMIT_SEND_DF = 1 << 7
+TRANSMIT_CAN_MULTI_CONN = 1 << 8
+
+# Commands and their flags
+CMD_READ = 0
+CMD_WRITE = 1
+CMD_DISC = 2
+CMD_FLUSH = 3
+CMD_TRIM = 4
+CMD_CACHE = 5
+CMD_WRITE_ZEROES = 6
+CMD_BLOCK_STATUS = 7
+CMD_FLAG_FUA = 1 << 0
+CMD_FLAG_NO_HOLE = 1 << 1
+CMD_FLAG_DF = 1 << 2
+CMD_FLAG_REQ_ONE = 1 << 3
+CMD_FLAG_FAST_ZERO = 1 << 4
+
+# Structured reply chunks
+REPLY_FLAG_DONE = 1 << 0
+REPLY_TYPE_NONE = 0
+REPLY_TYPE_OFFSET_DATA = 1
+REPLY_TYPE_BLOCK_STATUS = 5
+REPLY_TYPE_ERROR = (1 << 15) + 1
+
+# Errors
+EPERM = 1
+EIO = 5
+ENOMEM = 12
+EINVAL = 22
+ENOSPC = 28
+ESHUTDOWN = 108
+
+# Sizes: what is advertised, and what a client that does not ask assumes
+MIN_BLOCK = 1
+PREFERRED_BLOCK = 4096
+MAX_PAYLOAD = 32 << 20
+MAX_STRING = 4096
+
+# Metadata contexts
+BASE_ALLOCATION = "base:allocation"
+BASE_ALLOCATION_ID = 1

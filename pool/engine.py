@@ -1,0 +1,130 @@
+"""The engine: the parts of an open pool, and the few steps that need several of them.
+
+Called by `pool.volume` (data path) and `pool.pool` (operations). Everything here runs in one event
+loop; what has no await is atomic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from backends.base import BLOCK_SIZE, DeviceError
+from pool.apply import apply
+from pool.blockmap import LayerMap
+from pool.checkpoint import Checkpoint
+from pool.errors import PoolStopped
+from pool.journal import Committed, Journal
+from pool.loader import Loader
+from pool.maintenance import Maintenance
+from pool.membership import Membership
+from pool.moving import Moving
+from pool.reader import Reader
+from pool.state import State
+
+#: The most bytes staged in one piece; larger writes are several, in order.
+PIECE_BYTES = 1 << 20
+
+
+class Engine:
+    """Parts of an open pool. Without a journal (read-only) only reading works."""
+
+    def __init__(
+        self, state: State, reader: Reader, loader: Loader, membership: Membership,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.state = state
+        self.reader = reader
+        self.loader = loader
+        self.membership = membership
+        self.moving = Moving(state, reader, loader, membership.expel)
+        self.checkpoint = Checkpoint(self.moving, membership)
+        self.maintenance: Maintenance | None = None
+        self._clock = clock
+        self._kick_at = 0
+        blocks = max(1, state.journal_blocks // 8)
+        self.piece_bytes = min(PIECE_BYTES, blocks * BLOCK_SIZE)
+
+    @property
+    def journal(self) -> Journal:
+        return self.state.journal
+
+    @property
+    def staged(self) -> bool:
+        return self.state.journal.staged
+
+    def start(self) -> None:
+        """Begin maintenance, once the journal runs."""
+        self.maintenance = Maintenance(self.moving, self.checkpoint, self._clock)
+        self.maintenance.start()
+
+    # -- data path: no await, atomic ---------------------------------------------------------
+
+    def commit(self) -> None:
+        """Append what is staged and make it visible. Raises PoolStopped; then it never happened."""
+        journal = self.state.journal
+        self.state.reserved = 0
+        apply(self.state, journal.commit(), self._catalog_change)
+        if journal.head >= self._kick_at:
+            self._kick_at = journal.head + max(1, journal.size // 64)
+            self.kick()
+
+    def _catalog_change(self, extent: Committed) -> None:
+        """Catalog changes are applied by `change_catalog`, which has the text at hand."""
+
+    def journal_full(self) -> None:
+        """A writer found no room: make the maintenance loop look."""
+        self.kick()
+
+    def kick(self) -> None:
+        if self.maintenance is not None:
+            self.maintenance.kick()
+
+    # -- waiting -----------------------------------------------------------------------------
+
+    async def wait_room(self) -> None:
+        """Return when the journal may have room again. Raises PoolStopped."""
+        if self.state.stopped:
+            raise PoolStopped(self.state.stopped)
+        maintenance = self.maintenance
+        assert maintenance is not None
+        maintenance.writers_waiting += 1
+        try:
+            self.kick()
+            await self.journal.wait_room()
+        finally:
+            maintenance.writers_waiting -= 1
+        if self.state.stopped:
+            raise PoolStopped(self.state.stopped)
+
+    async def flush(self) -> None:
+        """Return when all that was committed before is durable on all replicas. Raises
+        PoolStopped."""
+        if self.state.stopped:
+            raise PoolStopped(self.state.stopped)
+        await self.journal.flush()
+
+    async def change_catalog(self, change: dict[str, Any]) -> None:
+        """Journal a catalog change, sync it, and only then let anybody see it done (R7)."""
+        text = json.dumps(change, sort_keys=True).encode()
+        blocks = -(-len(text) // BLOCK_SIZE)
+        while not self.journal.room(blocks):
+            await self.wait_room()
+        if self.staged:
+            self.commit()
+        self.journal.stage_catalog(text)
+        self.commit()
+        apply_change(self.state, change)
+        await self.flush()
+
+    def member_failed(self, index: int, error: DeviceError) -> None:
+        """A journal replica failed."""
+        self.membership.report(index, error)
+
+
+def apply_change(state: State, change: dict[str, Any]) -> None:
+    """Apply a catalog change, at run time and in replay. Raises FormatError."""
+    state.catalog.apply(change)
+    if change["do"] == "create":
+        state.maps[change["layer"]] = LayerMap(change["layer"])

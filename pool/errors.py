@@ -1,0 +1,36 @@
+"""The pool's own errors. Device errors come from `backends.base`; guests see `OSError` with an
+errno."""
+
+from __future__ import annotations
+
+import errno
+
+
+class PoolError(Exception):
+    """An operation on the pool was refused or failed; `str()` is one line with the remedy."""
+
+
+class FormatError(Exception):
+    """Bytes read from a device are not what `docs/format.md` says. Never reaches an operator as
+    is."""
+
+
+class PoolFull(OSError):
+    """A write needs new space and there is none (P5)."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "the pool is full: add a device or delete data")
+
+
+class DataLost(OSError):
+    """More shards of a stripe are missing than its parity can replace (P4)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+
+class PoolStopped(OSError):
+    """The pool takes no writes any more; `str()` says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)

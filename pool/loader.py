@@ -1,0 +1,61 @@
+"""Pages map leaves in and out. The only place that reads leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from pool.blockmap import Leaf
+from pool.errors import DataLost, FormatError
+from pool.format import page
+from pool.reader import Reader
+from pool.state import LEAF_BUDGET, State
+
+#: Leaves read at the same time.
+PARALLEL = 16
+
+
+class Loader:
+    """Brings leaves into memory and keeps them within the budget."""
+
+    def __init__(self, state: State, reader: Reader, budget: int = LEAF_BUDGET) -> None:
+        self._state = state
+        self._reader = reader
+        self._budget = budget
+
+    async def ensure(self, leaves: Iterable[tuple[int, int]]) -> bool:
+        """Load those of the (layer, number) that are paged out. Returns whether any had to be: the
+        caller, who has waited, must look again. Raises DataLost."""
+        missing = sorted(
+            (pointer, layer, number)
+            for layer, number in leaves
+            if (found := self._state.maps.get(layer)) is not None
+            and number not in found.leaves
+            and (pointer := found.pointers.get(number)) is not None
+        )
+        for start in range(0, len(missing), PARALLEL):
+            part = missing[start : start + PARALLEL]
+            await asyncio.gather(*(self._load(*item) for item in part))
+        return bool(missing)
+
+    async def _load(self, pointer: page.Pointer, layer: int, number: int) -> None:
+        found = await self._reader.page(pointer, page.KIND_LEAF)
+        if (found.layer, found.number) != (layer, number):
+            raise DataLost(f"page of layer {found.layer} found where {layer} was expected")
+        try:
+            leaf = Leaf.decode(found.form, found.body)
+        except FormatError as error:
+            raise DataLost(f"leaf {number} of layer {layer}: {error}") from None
+        layer_map = self._state.maps.get(layer)
+        if layer_map is not None:
+            layer_map.install(number, leaf, pointer)
+        self._state.counters["leaves_loaded"] += 1
+
+    def trim_memory(self) -> None:
+        """Page out clean leaves beyond the budget. Called between maintenance steps."""
+        memory = sum(layer_map.memory for layer_map in self._state.maps.values())
+        excess = memory - self._budget
+        for layer_map in self._state.maps.values():
+            if excess <= 0:
+                return
+            excess -= layer_map.evict(excess + self._budget // 8)

@@ -1,0 +1,279 @@
+"""The maintenance loop: decides whether to destage, collect, write a checkpoint or wait.
+
+One task does all of it, one step at a time, so none of them ever races another; they race only
+foreground writes, which the map's compare-and-swap and the checkpoint's frozen leaves settle.
+`decide` is pure. Steps run until there is nothing to do; then the loop sleeps until it is kicked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from pool.apply import drop_leaf
+from pool.checkpoint import Checkpoint
+from pool.collector import collect, collect_meta
+from pool.destage import destage
+from pool.errors import DataLost, PoolStopped
+from pool.moving import Moving
+from pool.placement import NoSpace
+from pool.state import RESERVE_STRIPES, State
+
+#: Stripes per destage or collector step.
+STEP_STRIPES = 8
+#: Leaves of a dropped layer taken apart per step.
+DROP_LEAVES = 256
+#: A checkpoint is written at least this often while anything changed.
+CHECKPOINT_SECONDS = 30.0
+
+
+class Step(Enum):
+    DESTAGE = "destage"
+    DRAIN = "drain"
+    COLLECT = "collect"
+    CHECKPOINT = "checkpoint"
+    DROP = "drop"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What `decide` looks at. Journal figures in blocks, stripe figures in stripes."""
+
+    journal_size: int
+    journal_used: int
+    journal_unpacked: int
+    stripe_blocks: int
+    free: int
+    total: int
+    dead: int
+    collectable: bool
+    dropped_layer: bool
+    dirty_seconds: float
+    waiting_writers: bool
+    #: Nothing was written since destage last found less than a full stripe.
+    starved: bool
+
+
+def decide(now: Situation) -> Step:
+    """The most urgent step: stripes to write into come first, then room in the journal."""
+    return _for_stripes(now) or _for_journal(now) or Step.WAIT
+
+
+def _for_stripes(now: Situation) -> Step | None:
+    low = max(RESERVE_STRIPES * 2, now.total // 20)
+    if now.free < RESERVE_STRIPES and now.dead:
+        return Step.CHECKPOINT
+    if now.free + now.dead < low and now.collectable:
+        return Step.COLLECT
+    if now.dead > low and now.free < low:
+        return Step.CHECKPOINT
+    return Step.DROP if now.dropped_layer else None
+
+
+def _for_journal(now: Situation) -> Step | None:
+    releasable = now.journal_used - now.journal_unpacked
+    if now.journal_used > now.journal_size // 2 and releasable > now.journal_size // 4:
+        return Step.CHECKPOINT
+    if now.waiting_writers and now.journal_unpacked <= now.journal_size // 8 and releasable:
+        return Step.CHECKPOINT
+    packing = _packing(now)
+    if packing is not None:
+        return packing
+    if now.waiting_writers and releasable:
+        return Step.CHECKPOINT
+    return Step.CHECKPOINT if now.dirty_seconds > CHECKPOINT_SECONDS else None
+
+
+def _packing(now: Situation) -> Step | None:
+    """How to move journal blocks into stripes, if that is to be done."""
+    if now.free > RESERVE_STRIPES:
+        threshold = min(STEP_STRIPES * now.stripe_blocks, now.journal_size // 4)
+        if now.journal_unpacked > threshold:
+            if not now.starved:
+                return Step.DESTAGE
+            if now.journal_unpacked > now.journal_size // 2:
+                return Step.DRAIN
+        if now.waiting_writers and now.journal_unpacked:
+            return Step.DRAIN
+    elif now.dead:
+        return Step.CHECKPOINT
+    return None
+
+
+class Maintenance:
+    """Runs steps in one task."""
+
+    def __init__(self, moving: Moving, checkpoint: Checkpoint, clock: Callable[[], float]) -> None:
+        self._moving = moving
+        self._state: State = moving.state
+        self._checkpoint = checkpoint
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._clean_at = clock()
+        self._clean_head = moving.state.journal.head
+        self._collectable = True
+        self._task: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._want_checkpoint: list[asyncio.Future[None]] = []
+        self._starved_at = -1
+        self._stopping = False
+        self.writers_waiting = 0
+
+    def start(self) -> None:
+        """Begin. The task ends when the pool stops or `stop` is called."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def kick(self) -> None:
+        """Something changed: look again."""
+        self._wake.set()
+
+    def situation(self) -> Situation:
+        """What there is to decide on."""
+        state, journal = self._state, self._state.journal
+        state.settle()
+        unpacked = journal.head - state.fifo[0][0] if state.fifo else 0
+        dirty = journal.head != self._clean_head
+        return Situation(
+            journal_size=journal.size,
+            journal_used=journal.used,
+            journal_unpacked=unpacked,
+            stripe_blocks=state.shape().blocks,
+            free=state.free_stripes(),
+            total=state.total_stripes(),
+            dead=len(state.table.dead()),
+            collectable=self._collectable,
+            dropped_layer=any(layer.dropped for layer in state.catalog.layers.values()),
+            dirty_seconds=self._clock() - self._clean_at if dirty else 0.0,
+            waiting_writers=self.writers_waiting > 0,
+            starved=self._starved_at == journal.head,
+        )
+
+    async def _run(self) -> None:
+        state = self._state
+        while not state.stopped and not self._stopping:
+            try:
+                step = Step.CHECKPOINT if self._want_checkpoint else decide(self.situation())
+                state.counters[f"steps_{step.value}"] += 1
+                await self._perform(step)
+                await asyncio.sleep(0)
+            except NoSpace:
+                state.counters["steps_without_space"] += 1
+                await self._make_space()
+            except DataLost as error:
+                state.counters["steps_with_lost_data"] += 1
+                state.problems["lost"] = str(error)
+                await self._sleep(1.0)
+            except PoolStopped as error:
+                if state.stopped:
+                    break
+                # Too few members to write, for now: what is left goes on being read.
+                state.stopped = str(error)
+        for waiter in self._want_checkpoint:
+            if not waiter.done():
+                waiter.set_exception(PoolStopped(state.stopped or "the pool is closing"))
+        self._want_checkpoint.clear()
+
+    async def _perform(self, step: Step) -> None:
+        if step is Step.DESTAGE:
+            head = self._state.journal.head
+            if not await destage(self._moving, STEP_STRIPES, force=False):
+                self._starved_at = head
+            self._moving.loader.trim_memory()
+        elif step is Step.DRAIN:
+            await destage(self._moving, STEP_STRIPES, force=True)
+        elif step is Step.COLLECT:
+            await self._collect()
+        elif step is Step.CHECKPOINT:
+            await self.checkpoint_now()
+        elif step is Step.DROP:
+            await self._drop_layer()
+        else:
+            self._idle.set()
+            await self._sleep(CHECKPOINT_SECONDS / 2)
+            self._idle.clear()
+
+    async def _sleep(self, seconds: float) -> None:
+        if self._stopping:
+            return
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _collect(self) -> None:
+        emptied = await collect(self._moving, STEP_STRIPES)
+        if not emptied:
+            emptied = await collect_meta(self._moving, STEP_STRIPES)
+            if emptied:
+                await self.checkpoint_now()
+        self._collectable = emptied > 0
+
+    async def checkpoint_now(self) -> None:
+        """Write a checkpoint and answer those who asked for one."""
+        waiters, self._want_checkpoint = self._want_checkpoint, []
+        head = self._state.journal.head
+        try:
+            await self._checkpoint.write()
+        except BaseException as error:
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_exception(PoolStopped(str(error)))
+            raise
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._clean_at, self._clean_head = self._clock(), head
+        self._collectable = True
+        self._moving.loader.trim_memory()
+
+    def request_checkpoint(self) -> asyncio.Future[None]:
+        """A future that is done when a checkpoint begun after this call is committed."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._want_checkpoint.append(waiter)
+        self.kick()
+        return waiter
+
+    async def _make_space(self) -> None:
+        """No stripe could be placed: release what is dead, else wait for something to change."""
+        before = self._state.free_stripes()
+        try:
+            if self._state.table.dead():
+                await self.checkpoint_now()
+            else:
+                await self._collect()
+        except NoSpace:
+            pass
+        if self._state.free_stripes() <= before:
+            await self._sleep(0.5)
+
+    async def _drop_layer(self) -> None:
+        """Take a part of a deleted volume's map out; the checkpoint forgets the layer when it is
+        empty."""
+        state = self._state
+        for layer in [layer for layer in state.catalog.layers.values() if layer.dropped]:
+            layer_map = state.maps.get(layer.id)
+            numbers = [] if layer_map is None else list(layer_map.leaves)[:DROP_LEAVES]
+            if layer_map is not None and len(numbers) < DROP_LEAVES:
+                paged = (n for n in layer_map.pointers if n not in layer_map.leaves)
+                numbers += [n for n, _ in zip(paged, range(DROP_LEAVES), strict=False)]
+            if layer_map is None or not numbers:
+                await self.checkpoint_now()
+                continue
+            while await self._moving.loader.ensure((layer.id, n) for n in numbers):
+                pass
+            for number in numbers:
+                drop_leaf(state, layer_map, number)
+            await asyncio.sleep(0)
+
+    async def stop(self) -> None:
+        """End the loop after the step it is in."""
+        self._stopping = True
+        self.kick()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None

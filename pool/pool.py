@@ -1,0 +1,395 @@
+"""An open pool: opening, closing, volumes, status. What the daemon and the commands use."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backends.base import BLOCK_SIZE, Device, DeviceError, ObjectStore
+from pool import recovery
+from pool.engine import Engine
+from pool.errors import FormatError, PoolError, PoolStopped
+from pool.format.page import Pointer
+from pool.format.record import FLAG_TERM_START, TERM_SHIFT
+from pool.format.superblock import Superblock
+from pool.fsck import check_pool
+from pool.journal import Journal, Replica
+from pool.loader import Loader
+from pool.member import Member, MemberState, read_superblocks
+from pool.membership import Membership, choose_journal
+from pool.mover import Mover
+from pool.reader import Reader
+from pool.recovery import Source
+from pool.roots import Found, active, check_enough, choose_root
+from pool.state import LEAF_BUDGET, Committed, State
+from pool.status import describe
+from pool.table import NOWHERE, Stripe, StripeTable
+from pool.volume import Volume
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """A volume as lists show it; sizes in bytes, `created` in seconds since the epoch."""
+
+    name: str
+    size: int
+    used_bytes: int
+    created: float
+    state: str
+
+
+class Pool:
+    """See the module. Open it with `Pool.open`."""
+
+    def __init__(self, engine: Engine, *, read_only: bool) -> None:
+        self.engine = engine
+        self._state = engine.state
+        self._read_only = read_only
+        self._volumes: dict[str, Volume] = {}
+        self._closed = False
+        for name, entry in self._state.catalog.volumes.items():
+            self._volumes[name] = Volume(engine, entry)
+
+    # -- opening and closing -----------------------------------------------------------------
+
+    @classmethod
+    async def open(
+        cls,
+        backends: Sequence[Device | ObjectStore],
+        *,
+        mover: Mover,
+        rng: random.Random,
+        read_only: bool = False,
+        expect_pool: str | None = None,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
+        leaf_budget: int = LEAF_BUDGET,
+    ) -> Pool:
+        """Open the pool that these backends belong to, and recover it. Raises PoolError (too few,
+        of several pools, newer revision, damaged), DataLost, DeviceError."""
+        root, found = await _find(backends, expect_pool)
+        state = _state(root, mover, rng, now)
+        present, returned = _attach(state, backends, found, root)
+        check_enough(root.root, present, writable=not read_only)
+        reader = Reader(state)
+        loader = Loader(state, reader, leaf_budget)
+        for member in state.members.values():
+            if member.present and not read_only:
+                assert member.backend is not None
+                await mover.add_member(member.index, member.backend, member.layout)
+        membership = Membership(state)
+        engine = Engine(state, reader, loader, membership, clock or asyncio.get_running_loop().time)
+        await recovery.load_checkpoint(state, reader, root.root)
+        _occupy(state)
+        await _recover(engine, root.root, returned, read_only=read_only)
+        return cls(engine, read_only=read_only)
+
+    async def close(self) -> None:
+        """Write a checkpoint if the pool still takes writes, then release everything.
+        Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        engine, state = self.engine, self._state
+        for volume in self._volumes.values():
+            volume.closed = True
+        if engine.maintenance is not None:
+            await engine.maintenance.stop()
+            await engine.membership.settled()
+            if not state.stopped:
+                try:
+                    await engine.checkpoint.write()
+                except (OSError, PoolError) as error:
+                    # The journal has everything; the next open replays it.
+                    state.problems["close"] = str(error)
+            await engine.membership.settled()
+            await engine.journal.close()
+        await state.mover.close()
+        for member in state.members.values():
+            if member.backend is not None:
+                await member.backend.close()
+
+    # -- volumes -----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self._state.name
+
+    @property
+    def uuid(self) -> str:
+        return self._state.uuid.hex()
+
+    def volume(self, name: str) -> Volume:
+        """The volume of that name. Raises KeyError."""
+        return self._volumes[name]
+
+    def volumes(self) -> list[VolumeInfo]:
+        """All volumes, by name."""
+        infos = []
+        for name, volume in sorted(self._volumes.items()):
+            entry = self._state.catalog.volumes[name]
+            layer_map = self._state.maps[entry.layer]
+            blocks = sum(leaf.count for leaf in layer_map.leaves.values())
+            paged = [p for n, p in layer_map.pointers.items() if n not in layer_map.leaves]
+            # A paged-out leaf is counted by the size of its page.
+            blocks += sum(min(512, max(0, p.length - 40) // 12) for p in paged)
+            infos.append(
+                VolumeInfo(name, volume.size, blocks * BLOCK_SIZE, entry.created, "online")
+            )
+        return infos
+
+    async def create_volume(self, name: str, size: int) -> None:
+        """Create a thin volume. Raises PoolError, PoolStopped."""
+        self._writable()
+        catalog = self._state.catalog
+        catalog.check_new(name, size)
+        change = {
+            "do": "create",
+            "name": name,
+            "size": size,
+            "volume": catalog.next_volume,
+            "layer": catalog.next_layer,
+            "created": self._state.now(),
+        }
+        await self.engine.change_catalog(change)
+        self._volumes[name] = Volume(self.engine, catalog.volumes[name])
+
+    async def delete_volume(self, name: str) -> None:
+        """Delete a volume: durable first, then its exports end, then its space is freed (R23)."""
+        self._writable()
+        volume = self._volumes.get(name)
+        if volume is None:
+            raise PoolError(f"there is no volume {name!r} in pool {self.name!r}")
+        volume.closed = True
+        del self._volumes[name]
+        await self.engine.change_catalog({"do": "delete", "name": name})
+        self.engine.kick()
+
+    def _writable(self) -> None:
+        if self._read_only:
+            raise PoolError("the pool is open for reading only")
+        if self._state.stopped:
+            raise PoolError(f"the pool takes no writes: {self._state.stopped}")
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """What `pool status --json` prints."""
+        return describe(self._state, volumes=len(self._volumes), read_only=self._read_only)
+
+    async def check(self, progress: Progress | None = None) -> list[str]:
+        """Verify everything against everything; returns one line per fault."""
+        return await check_pool(self.engine, progress or (lambda done, total: None))
+
+    async def checkpoint(self) -> None:
+        """Write a checkpoint now. Raises PoolStopped."""
+        self._writable()
+        assert self.engine.maintenance is not None
+        await self.engine.maintenance.request_checkpoint()
+
+
+# -- parts of opening ------------------------------------------------------------------------
+
+
+async def _find(
+    backends: Sequence[Device | ObjectStore], expect_pool: str | None
+) -> tuple[Superblock, list[Found]]:
+    """Read all superblocks and choose the root."""
+    results = await asyncio.gather(
+        *(read_superblocks(backend) for backend in backends), return_exceptions=True
+    )
+    found: list[Found] = []
+    for number, result in enumerate(results):
+        if isinstance(result, DeviceError):
+            continue
+        if isinstance(result, PoolError) and "superblock" in str(result):
+            continue
+        if isinstance(result, BaseException):
+            raise result
+        if result:
+            slot, block = result[0]
+            found.append(Found(number, slot, block))
+    root = choose_root(found)
+    if expect_pool is not None and root.root["name"] != expect_pool:
+        raise PoolError(f"the devices belong to pool {root.root['name']!r}, not to {expect_pool!r}")
+    devices = [item.block.device for item in found]
+    if len(set(devices)) < len(devices):
+        raise PoolError("a device was given twice, or a copy of one: name each device once")
+    return root, found
+
+
+def _state(root: Superblock, mover: Mover, rng: random.Random, now: Callable[[], float]) -> State:
+    """The state that a root describes, before its checkpoint is loaded."""
+    body = root.root
+    try:
+        stream = body["streams"][0]
+        checkpoint = body["checkpoint"]
+        anchors = [Stripe.from_json(row) for row in checkpoint["anchors"]]
+        top = checkpoint["top"]
+        committed = Committed(
+            {stripe.id: stripe for stripe in anchors},
+            Pointer(*top) if top else None,
+            stream["replay"], stream["version"], stream["previous"], stream["tail"],
+            stream["durable"],
+        )  # fmt: skip
+        code = body["code"]
+        return State(
+            root.pool, body["name"], code["data"], code["parity"], code["slot_blocks"],
+            {row["index"]: Member.from_json(row) for row in body["members"]},
+            StripeTable(checkpoint["width"]), mover, rng, now,
+            journal_blocks=stream["blocks"], generation=body["generation"], parent=root.digest,
+            writer=rng.randbytes(16).hex(), term=body["term"],
+            next_stripe=body["next"]["stripe"], stripe_limit=body["next"]["stripe"],
+            committed=committed,
+        )  # fmt: skip
+    except (KeyError, IndexError, TypeError, ValueError, FormatError) as error:
+        raise PoolError(f"the pool's root is damaged: {error!r}") from None
+
+
+def _attach(
+    state: State,
+    backends: Sequence[Device | ObjectStore],
+    found: Sequence[Found],
+    root: Superblock,
+) -> tuple[set[int], set[int]]:
+    """Give members their backends; returns (present active ones, ones that returned)."""
+    by_uuid = {member.uuid: member for member in state.members.values()}
+    present: set[int] = set()
+    returned: set[int] = set()
+    for item in found:
+        member = by_uuid.get(item.block.device)
+        backend = backends[item.backend]
+        if member is None:
+            raise PoolError(f"{backend.url} was removed from pool {state.name!r}: leave it out")
+        if backend.size < member.layout.size:
+            raise PoolError(
+                f"{backend.url} has shrunk from {member.layout.size} to {backend.size} bytes: "
+                "restore its size, or leave it out"
+            )
+        member.attach(backend)
+        member.committed_slot = item.slot
+        if member.state is MemberState.ACTIVE:
+            present.add(member.index)
+        else:
+            # Shards never change once written, so whatever the table still names on it is good, and
+            # is verified as it is read; what it missed was never placed on it (R24).
+            returned.add(member.index)
+            member.state = MemberState.ACTIVE
+    assert present <= active(root.root)
+    return present, returned
+
+
+def _occupy(state: State) -> None:
+    """Mark the slots of all stripes as used."""
+    taken: dict[int, set[int]] = {index: set() for index in state.members}
+    devices, slots = state.table.places()
+    for device, slot in zip(devices.tolist(), slots.tolist(), strict=True):
+        if device in taken:
+            taken[device].add(slot)
+    for anchor in state.committed.anchors.values():
+        for device, slot in anchor.places:
+            if device != NOWHERE and device in taken:
+                taken[device].add(slot)
+    for index, used in taken.items():
+        state.members[index].slots.occupy(used)
+
+
+async def _recover(
+    engine: Engine, root: dict[str, Any], returned: set[int], *, read_only: bool
+) -> None:
+    """Replay the journal; if writable, start a term and make the journal whole on its replicas
+    first."""
+    state = engine.state
+    listed = [row["member"] for row in root["streams"][0]["replicas"]]
+    sources = [
+        Source(index, member.backend, member.layout.journal_offset, state.journal_blocks)
+        for index in listed
+        if (member := state.members[index]).backend is not None
+        and index not in returned
+        and isinstance(member.backend, Device)
+    ]
+    if not sources:
+        raise PoolError(
+            "no journal replica is present; missing: "
+            + ", ".join(state.members[index].url for index in listed)
+        )
+    committed = state.committed
+    backlog = await recovery.backlog(sources, committed.tail, committed.replay)
+    chain = await recovery.follow(
+        sources, committed.replay, committed.version, committed.previous, committed.durable
+    )
+    recovery.refill(state, backlog)
+    if read_only:
+        await recovery.preload(state, engine.loader, chain)
+        await recovery.replay(state, engine.loader, chain)
+        state.update_limit()
+        return
+    replicas = await _start_term(engine, sources, chain, returned)
+    await recovery.preload(state, engine.loader, chain)
+    await recovery.replay(state, engine.loader, chain)
+    state.update_limit()
+    journal = Journal(
+        stream=1,
+        size=state.journal_blocks,
+        replicas=replicas,
+        head=chain.end,
+        tail=committed.tail,
+        version=state.term << TERM_SHIFT,
+        previous=chain.previous,
+        on_failure=engine.member_failed,
+    )
+    journal.starts.extend(header.position for header in (*backlog, *chain.records))
+    state._journal = journal
+    journal.stage_mark()
+    journal.commit(flags=FLAG_TERM_START)
+    engine.start()
+    await journal.flush()
+
+
+async def _start_term(
+    engine: Engine, sources: list[Source], chain: recovery.Chain, returned: set[int]
+) -> list[Replica]:
+    """Commit the new term, then write the recovered journal to every replica of it (R1, R6)."""
+    state = engine.state
+    chosen = [state.members[source.member] for source in sources]
+    while len(chosen) < state.parity + 1:
+        spare = choose_journal(state.active(), {member.index for member in chosen})
+        if spare is None:
+            break
+        chosen.append(spare)
+    await engine.membership.start_term([member.index for member in chosen], returned)
+    old = {source.member for source in sources}
+    replicas = []
+    for member in chosen:
+        assert isinstance(member.backend, Device)
+        offset = member.layout.journal_offset
+        start = chain.durable if member.index in old else state.committed.tail
+        try:
+            await recovery.rewrite(
+                sources, [(member.backend, offset, min(start, chain.end))], chain,
+                state.journal_blocks,
+            )  # fmt: skip
+            failed = False
+        except DeviceError as error:
+            failed = True
+            engine.member_failed(member.index, error)
+        replicas.append(
+            Replica(
+                member.index,
+                member.backend,
+                offset,
+                state.committed.tail,
+                chain.end,
+                chain.end,
+                failed=failed,
+            )
+        )
+    if all(replica.failed for replica in replicas):
+        raise PoolStopped("no journal device takes writes: replace the failed devices")
+    return replicas

@@ -1,0 +1,386 @@
+"""Opening a pool: committed checkpoint plus journal (R2, R6, R16, R20).
+
+Everything that is not in the committed checkpoint is in the journal behind its replay position,
+because journal space and slots are released only by a committed root (R21). So recovery reads no
+stripe headers at all: stripes written since the last root are simply not there, their blocks are
+still where they were moved from. That is stronger than R16 and R20 ask, and is why opening does not
+grow with the pool (`docs/decisions/0002-recovery.md`).
+
+The chain is read from whichever replica continues it. What may not be on all replicas yet (behind
+`durable`) is verified block by block over all of them, and written to all before the pool serves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from crc32c import crc32c
+
+from backends.base import BLOCK_SIZE, Device, DeviceError
+from pool.apply import apply
+from pool.blockmap import LEAF_SHIFT, LayerMap
+from pool.catalog import Catalog
+from pool.checkpoint import decode_directory
+from pool.engine import apply_change
+from pool.errors import DataLost, FormatError, PoolError
+from pool.format import page, record
+from pool.format.page import Pointer
+from pool.format.record import KIND_CATALOG, Record
+from pool.journal import Committed
+from pool.loader import Loader
+from pool.reader import Reader
+from pool.state import State
+from pool.table import StripeTable
+
+#: Blocks read at a time while following the chain.
+READ_AHEAD = 256
+#: Records applied between loading leaves.
+APPLY_BATCH = 512
+#: How far behind a broken chain to look for records that prove that something is missing.
+LOOK_BEHIND = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A journal replica to read from: `blocks` blocks at `offset` of a device."""
+
+    member: int
+    device: Device
+    offset: int
+    blocks: int
+
+    def at(self, position: int) -> int:
+        return self.offset + position % self.blocks * BLOCK_SIZE
+
+
+@dataclass(slots=True)
+class Chain:
+    """What was found in the journal behind the replay position."""
+
+    records: list[Record] = field(default_factory=list)
+    end: int = 0
+    version: int = 0
+    previous: int = 0
+    durable: int = 0
+    #: Verified bytes from `durable` (or the replay position) to `end`, by position.
+    tail: dict[int, bytes] = field(default_factory=dict)
+    #: Payload of catalog extents, by position.
+    catalog: dict[int, bytes] = field(default_factory=dict)
+
+
+class _Window:
+    """Buffered reading of one replica."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._start = 0
+        self._data = b""
+
+    async def block(self, position: int) -> bytes | None:
+        """One block, or None if it cannot be read."""
+        at = (position - self._start) * BLOCK_SIZE
+        if not 0 <= at < len(self._data):
+            source = self.source
+            count = min(READ_AHEAD, source.blocks - position % source.blocks)
+            try:
+                self._data = await source.device.read(source.at(position), count * BLOCK_SIZE)
+            except DeviceError:
+                try:
+                    self._data = await source.device.read(source.at(position), BLOCK_SIZE)
+                except DeviceError:
+                    self._data = b""
+                    return None
+            self._start, at = position, 0
+        return self._data[at : at + BLOCK_SIZE]
+
+
+async def follow(
+    sources: Sequence[Source], replay: int, version: int, previous: int, durable: int
+) -> Chain:
+    """Follow the chain of records from `replay`. Raises PoolError if a record is missing that was
+    known to be synced on all replicas: that is damage, not a torn tail (R2)."""
+    windows = [_Window(source) for source in sources]
+    chain = Chain(end=replay, version=version, previous=previous, durable=durable)
+    group: list[tuple[Record, dict[int, bytes]]] = []
+    position = replay
+    while windows and position - replay < sources[0].blocks:
+        found = await _next(windows, position, chain.version, chain.previous, chain.durable)
+        if found is None:
+            break
+        header, blocks = found
+        group.append((header, blocks))
+        chain.version, chain.previous = header.version, header.crc
+        chain.durable = max(chain.durable, header.durable)
+        position = header.end
+        if not header.flags & record.FLAG_MORE:
+            _accept(chain, group)
+            group = []
+    if group:
+        # The end of a batch is missing: none of it counts.
+        first = group[0][0]
+        chain.version = chain.records[-1].version if chain.records else version
+        chain.previous = first.previous
+    known = max(chain.durable, await _proof(windows, chain))
+    if chain.end < min(known, replay + sources[0].blocks if sources else known):
+        raise PoolError(
+            f"the journal is damaged: records from {chain.end} to {known} were synced and cannot "
+            "be read from any device that is present: bring back the missing devices"
+        )
+    chain.tail = {at: data for at, data in chain.tail.items() if at >= chain.durable}
+    return chain
+
+
+async def backlog(sources: Sequence[Source], tail: int, replay: int) -> list[Record]:
+    """The records between the tail and the replay position: the checkpoint has their effect, but
+    live blocks are still among them. Raises PoolError if one cannot be read."""
+    windows = [_Window(source) for source in sources]
+    records: list[Record] = []
+    position = tail
+    while position < replay:
+        for window in windows:
+            block = await window.block(position)
+            try:
+                header = record.decode(block) if block is not None else None
+            except FormatError:
+                continue
+            if header is not None and header.position == position:
+                records.append(header)
+                position = header.end
+                break
+        else:
+            raise PoolError(
+                f"the journal is damaged: the record at {position} cannot be read from any device "
+                "that is present: bring back the missing devices"
+            )
+    return records
+
+
+def _accept(chain: Chain, group: list[tuple[Record, dict[int, bytes]]]) -> None:
+    for header, blocks in group:
+        chain.records.append(header)
+        chain.tail.update(blocks)
+        position = header.position + 1
+        for extent in header.extents:
+            if extent.kind == KIND_CATALOG:
+                parts = [blocks[position + i] for i in range(extent.count)]
+                chain.catalog[position] = b"".join(parts)[: extent.block]
+            position += extent.payload
+    chain.end = group[-1][0].end
+
+
+async def _next(
+    windows: list[_Window], position: int, version: int, previous: int, durable: int
+) -> tuple[Record, dict[int, bytes]] | None:
+    """The record at a position and its verified blocks, from whichever replicas have them."""
+    for window in windows:
+        block = await window.block(position)
+        if block is None:
+            continue
+        try:
+            header = record.decode(block)
+        except FormatError:
+            continue
+        if header.position != position or header.previous != previous or (
+            header.version <= version
+        ):  # fmt: skip
+            continue
+        blocks = {position: block}
+        needs_all = header.end > durable
+        for i, crc in enumerate(header.crcs):
+            if needs_all or _is_catalog(header, i):
+                data = await _verified(windows, position + 1 + i, crc)
+                if data is None:
+                    return None
+                blocks[position + 1 + i] = data
+        return header, blocks
+    return None
+
+
+def _is_catalog(header: Record, index: int) -> bool:
+    at = 0
+    for extent in header.extents:
+        if at <= index < at + extent.payload:
+            return extent.kind == KIND_CATALOG
+        at += extent.payload
+    return False
+
+
+async def _verified(windows: list[_Window], position: int, crc: int) -> bytes | None:
+    for window in windows:
+        data = await window.block(position)
+        if data is not None and crc32c(data) == crc:
+            return data
+    return None
+
+
+async def _proof(windows: list[_Window], chain: Chain) -> int:
+    """The highest `durable` claimed by records shortly behind a broken chain; 0 if there are
+    none."""
+    best = 0
+    for window in windows[:1]:
+        last = chain.end + min(LOOK_BEHIND, window.source.blocks)
+        for position in range(chain.end, last):
+            block = await window.block(position)
+            if block is None or block[:8] != record.MAGIC:
+                continue
+            try:
+                header = record.decode(block)
+            except FormatError:
+                continue
+            newer = header.version >> record.TERM_SHIFT >= chain.version >> record.TERM_SHIFT
+            if header.position == position and header.version > chain.version and newer:
+                best = max(best, header.durable)
+    return best
+
+
+async def load_checkpoint(state: State, reader: Reader, root: dict[str, Any]) -> None:
+    """Fill the state from the committed checkpoint. Raises DataLost, PoolError."""
+    top = state.committed.top
+    if top is None:
+        return
+    found = await reader.page(top, page.KIND_TOP)
+    try:
+        data = json.loads(bytes(found.body))
+        pages = {row[0]: Pointer(*row[1:]) for row in data["table"]}
+        bodies = {}
+        for number, pointer in pages.items():
+            table_page = await reader.page(pointer, page.KIND_TABLE)
+            if table_page.number != number:
+                raise FormatError("table page is not the one meant")
+            bodies[number] = table_page.body
+        state.table = StripeTable.restore(data["width"], bodies)
+        state.table_pages = pages
+        state.forget_places()
+        state.catalog = Catalog.from_json(data["catalog"])
+        state.maps = {layer: LayerMap(layer) for layer in state.catalog.layers}
+        state.used = data["used"]
+        for layer, chunk, *where in data["directories"]:
+            pointer = Pointer(*where)
+            state.directories[layer, chunk] = pointer
+            directory = await reader.page(pointer, page.KIND_DIRECTORY)
+            if (directory.layer, directory.number) != (layer, chunk):
+                raise FormatError("directory is not the one meant")
+            state.maps[layer].pointers.update(decode_directory(chunk, directory.body))
+    except (FormatError, ValueError, KeyError, TypeError) as error:
+        raise DataLost(f"the checkpoint is damaged: {error}") from None
+
+
+async def replay(state: State, loader: Loader, chain: Chain) -> None:
+    """Apply the chain's records to the map, loading leaves as they are needed. Raises DataLost."""
+    for start in range(0, len(chain.records), APPLY_BATCH):
+        batch = chain.records[start : start + APPLY_BATCH]
+        for header in batch:
+            # A record is applied as a whole, after everything before it.
+            while await loader.ensure(_leaves(state, header)):
+                pass
+            apply(state, list(_committed(header)), _Changes(state, chain))
+        state.settle()
+
+
+def refill(state: State, records: Sequence[Record]) -> None:
+    """Queue the extents of backlog records for destage, before the replay adds its own."""
+    for header in records:
+        position = header.position + 1
+        for extent in header.extents:
+            if extent.kind == record.KIND_DATA:
+                state.fifo.append(
+                    (position, extent.layer, extent.block, extent.count, header.version)
+                )
+            position += extent.payload
+
+
+def _leaves(state: State, header: Record) -> set[tuple[int, int]]:
+    needed: set[tuple[int, int]] = set()
+    for extent in header.extents:
+        layer_map = state.maps.get(extent.layer)
+        if layer_map is not None and extent.count:
+            numbers = layer_map.missing(extent.block, extent.count)
+            needed.update((extent.layer, number) for number in numbers)
+    return needed
+
+
+def _committed(header: Record) -> Sequence[Committed]:
+    found = []
+    position, used = header.position + 1, 0
+    for extent in header.extents:
+        crcs = list(header.crcs[used : used + extent.payload])
+        found.append(
+            Committed(
+                extent.kind,
+                extent.layer,
+                extent.block,
+                extent.count,
+                position,
+                header.version,
+                crcs,
+            )
+        )
+        position += extent.payload
+        used += extent.payload
+    return found
+
+
+class _Changes:
+    """Applies catalog extents from the bytes that the chain kept."""
+
+    def __init__(self, state: State, chain: Chain) -> None:
+        self._state = state
+        self._chain = chain
+
+    def __call__(self, extent: Committed) -> None:
+        try:
+            apply_change(self._state, json.loads(self._chain.catalog[extent.position]))
+        except (FormatError, ValueError) as error:
+            raise PoolError(
+                f"the journal holds a catalog change that does not fit: {error}"
+            ) from None
+
+
+async def preload(state: State, loader: Loader, chain: Chain) -> None:
+    """Load every leaf that the replay will need, in the order of their places on the devices."""
+    needed: set[tuple[int, int]] = set()
+    for header in chain.records:
+        for extent in header.extents:
+            if extent.kind == record.KIND_DATA:
+                first = extent.block >> LEAF_SHIFT
+                last = (extent.block + extent.count - 1) >> LEAF_SHIFT
+                needed.update((extent.layer, number) for number in range(first, last + 1))
+    await loader.ensure(needed)
+
+
+async def rewrite(
+    sources: Sequence[Source], targets: Sequence[tuple[Device, int, int]], chain: Chain, blocks: int
+) -> None:
+    """Make every target hold the journal from its first position to the end of the chain, synced
+    (R6).
+
+    Targets are (device, offset of its journal, first position it lacks). Raises DeviceError."""
+    for device, offset, start in targets:
+        position = start
+        while position < chain.end:
+            count = min(READ_AHEAD, chain.end - position, blocks - position % blocks)
+            data = await _gather(sources, chain, position, count)
+            await device.write(offset + position % blocks * BLOCK_SIZE, [data])
+            position += count
+        await device.sync()
+
+
+async def _gather(sources: Sequence[Source], chain: Chain, position: int, count: int) -> bytearray:
+    """Journal blocks: verified ones where the chain has them, else as a replica has them."""
+    data = bytearray(count * BLOCK_SIZE)
+    wanted = [i for i in range(count) if position + i not in chain.tail]
+    if wanted:
+        for source in sources:
+            try:
+                data[:] = await source.device.read(source.at(position), len(data))
+                break
+            except DeviceError:
+                continue
+    for i in range(count):
+        known = chain.tail.get(position + i)
+        if known is not None:
+            data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] = known
+    return data

@@ -1,0 +1,109 @@
+"""Shards on one member: where a shard's bytes are, whatever kind of backend it is.
+
+A byte-addressed device keeps a shard in a slot, an object store under a name made of stripe id and
+shard number. Callers give both and never know which is used. The same code runs in the engine and
+in the worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from backends.base import BLOCK_SIZE, Buffer, Device, ObjectStore
+from pool.format.geometry import Layout
+
+
+class Shards(Protocol):
+    """Reads and writes shards. `offset` counts from the start of the stripe header."""
+
+    async def write(
+        self, stripe: int, shard: int, slot: int, buffers: Sequence[Buffer]
+    ) -> None: ...
+
+    async def read(self, stripe: int, shard: int, slot: int, offset: int, length: int) -> bytes: ...
+
+    def try_read(
+        self, stripe: int, shard: int, slot: int, offset: int, into: memoryview
+    ) -> bool: ...
+
+    async def repair(
+        self, stripe: int, shard: int, slot: int, offset: int, data: Buffer
+    ) -> None: ...
+
+    async def sync(self) -> None: ...
+
+
+class SlotShards:
+    """Shards in the slots of a device."""
+
+    def __init__(self, device: Device, layout: Layout) -> None:
+        self.device = device
+        self._start = layout.slots_offset
+        self._bytes = layout.slot_blocks * BLOCK_SIZE
+
+    async def write(self, stripe: int, shard: int, slot: int, buffers: Sequence[Buffer]) -> None:
+        """Write a whole shard with its header."""
+        await self.device.write(self._start + slot * self._bytes, buffers)
+
+    async def read(self, stripe: int, shard: int, slot: int, offset: int, length: int) -> bytes:
+        return await self.device.read(self._start + slot * self._bytes + offset, length)
+
+    def try_read(self, stripe: int, shard: int, slot: int, offset: int, into: memoryview) -> bool:
+        return self.device.try_read(self._start + slot * self._bytes + offset, into)
+
+    async def repair(self, stripe: int, shard: int, slot: int, offset: int, data: Buffer) -> None:
+        """Put right bytes in the place of wrong ones."""
+        await self.device.write(self._start + slot * self._bytes + offset, [data])
+
+    async def sync(self) -> None:
+        await self.device.sync()
+
+
+def object_name(stripe: int, shard: int) -> str:
+    """The name of a shard in an object store (`docs/format.md`, "Object stores")."""
+    return f"shard-{stripe:010x}-{shard:02x}"
+
+
+class ObjectShards:
+    """Shards as objects of a store. Every put is durable, so `sync` has nothing to do."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    async def write(self, stripe: int, shard: int, slot: int, buffers: Sequence[Buffer]) -> None:
+        """Write a whole shard with its header."""
+        await self.store.put(object_name(stripe, shard), buffers)
+
+    async def read(self, stripe: int, shard: int, slot: int, offset: int, length: int) -> bytes:
+        return await self.store.get(object_name(stripe, shard), offset, length)
+
+    def try_read(self, stripe: int, shard: int, slot: int, offset: int, into: memoryview) -> bool:
+        return False
+
+    async def repair(self, stripe: int, shard: int, slot: int, offset: int, data: Buffer) -> None:
+        """An object cannot be changed in place: its size is found by reading, then it is put
+        anew."""
+        name = object_name(stripe, shard)
+        head = await self.store.get(name, 0, offset) if offset else b""
+        tail_at = offset + len(data)
+        size = self._slot_bytes
+        tail = await self.store.get(name, tail_at, size - tail_at) if tail_at < size else b""
+        await self.store.put(name, [head, data, tail])
+
+    _slot_bytes = 0
+
+    def with_slot(self, slot_blocks: int) -> ObjectShards:
+        """Tell it how large a whole shard with its header is."""
+        self._slot_bytes = slot_blocks * BLOCK_SIZE
+        return self
+
+    async def sync(self) -> None:
+        return
+
+
+def shards_of(backend: Device | ObjectStore, layout: Layout) -> Shards:
+    """The shards of a member."""
+    if isinstance(backend, Device):
+        return SlotShards(backend, layout)
+    return ObjectShards(backend).with_slot(layout.slot_blocks)

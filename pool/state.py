@@ -1,0 +1,269 @@
+"""What the engine knows: one object that all its parts share. One event loop owns it.
+
+`State` has no behaviour beyond bookkeeping that several parts need: accounting of live blocks,
+slots and space, and finding a shard. Who changes what is in `docs/architecture.md`, "Concurrency".
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pool.blockmap import LayerMap
+from pool.catalog import Catalog
+from pool.errors import PoolFull, PoolStopped
+from pool.format.geometry import Geometry, geometry
+from pool.format.location import STRIPE_MASK, STRIPE_SHIFT, TAG_SHIFT, TAG_STRIPE
+from pool.format.page import Pointer
+from pool.gate import Gate
+from pool.journal import Journal
+from pool.member import Member
+from pool.mover import Mover
+from pool.placement import Candidate, NoSpace, capacity, choose, width
+from pool.shards import Shards
+from pool.table import NOWHERE, Stripe, StripeTable
+
+#: Stripe ids reserved by each root; ids below the limit may have been used (R1).
+STRIPE_WINDOW = 1 << 16
+#: Share of the pool that user data may fill; the rest lets the collector work (P5).
+FILL = 0.88
+#: Stripes kept for the collector and the checkpoint whatever else is asked for.
+RESERVE_STRIPES = 8
+#: Bytes of map leaves kept in memory.
+LEAF_BUDGET = 96 << 20
+
+#: (position, layer, block, count, version) of an extent whose blocks may live in the journal.
+JournalExtent = tuple[int, int, int, int, int]
+#: Where the shards of a stripe are: header bytes, and per shard (shards of the member, slot).
+Located = tuple[int, list[tuple[Shards | None, int]]]
+
+
+@dataclass(slots=True)
+class Committed:
+    """What the last committed root says, as far as the next one repeats it."""
+
+    anchors: dict[int, Stripe] = field(default_factory=dict)
+    top: Pointer | None = None
+    replay: int = 0
+    version: int = 0
+    previous: int = 0
+    tail: int = 0
+    durable: int = 0
+
+
+@dataclass(slots=True)
+class State:
+    """See the module."""
+
+    uuid: bytes
+    name: str
+    data: int
+    parity: int
+    slot_blocks: int
+    members: dict[int, Member]
+    table: StripeTable
+    mover: Mover
+    rng: random.Random
+    now: Callable[[], float]
+    journal_blocks: int = 0
+    generation: int = 0
+    parent: str = ""
+    writer: str = ""
+    term: int = 0
+    next_stripe: int = 1
+    stripe_limit: int = 1
+    catalog: Catalog = field(default_factory=Catalog)
+    maps: dict[int, LayerMap] = field(default_factory=dict)
+    table_pages: dict[int, Pointer] = field(default_factory=dict)
+    directories: dict[tuple[int, int], Pointer] = field(default_factory=dict)
+    committed: Committed = field(default_factory=Committed)
+    gate: Gate = field(default_factory=Gate)
+    counters: Counter[str] = field(default_factory=Counter)
+    #: Extents whose blocks may still live in the journal, oldest first.
+    fifo: deque[JournalExtent] = field(default_factory=deque)
+    #: Stripe ids that lost a live block each, not yet taken from the table.
+    killed: list[int] = field(default_factory=list)
+    #: Mapped blocks of all layers, and blocks promised to writes that are being staged.
+    used: int = 0
+    reserved: int = 0
+    limit: int = 0
+    #: What an operator should know, by kind.
+    problems: dict[str, str] = field(default_factory=dict)
+    #: Why the pool takes no writes; empty while it does.
+    stopped: str = ""
+    _journal: Journal | None = None
+    _located: dict[int, Located] = field(default_factory=dict)
+
+    @property
+    def journal(self) -> Journal:
+        if self._journal is None:
+            raise PoolStopped("the pool is open for reading only")
+        return self._journal
+
+    @property
+    def writable(self) -> bool:
+        return self._journal is not None and not self.stopped
+
+    def active(self) -> list[Member]:
+        """Members that take part."""
+        return [member for member in self.members.values() if member.present]
+
+    # -- finding shards ----------------------------------------------------------------------
+
+    def row(self, stripe: int) -> Stripe:
+        """The row of any stripe, also of one that holds the table. Raises KeyError."""
+        anchor = self.committed.anchors.get(stripe)
+        return anchor if anchor is not None else self.table.get(stripe)
+
+    def locate(self, stripe: int) -> Located:
+        """Header size and shard places of a stripe, cached. Raises KeyError."""
+        found = self._located.get(stripe)
+        if found is None:
+            if len(self._located) >= 1 << 16:
+                self._located.clear()
+            row = self.row(stripe)
+            places = []
+            for device, slot in row.places:
+                member = self.members.get(device) if device != NOWHERE else None
+                places.append((member.shards if member and member.present else None, slot))
+            found = self._located[stripe] = (row.shape.header_bytes, places)
+        return found
+
+    def forget_places(self) -> None:
+        """The members changed: nothing cached about shards is true any more."""
+        self._located.clear()
+
+    # -- accounting --------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Take the killed blocks from the table's live counts."""
+        if self.killed:
+            killed, self.killed = self.killed, []
+            self.table.kill(killed)
+
+    def kill_locations(self, locations: np.typing.NDArray[np.uint64]) -> None:
+        """Note that the blocks at these locations (holes allowed) are no longer mapped."""
+        stripes = locations[(locations >> np.uint64(TAG_SHIFT)) == TAG_STRIPE]
+        self.killed.extend((stripes >> np.uint64(STRIPE_SHIFT) & np.uint64(STRIPE_MASK)).tolist())
+
+    def reserve(self, blocks: int) -> None:
+        """Promise space to a write. Raises PoolFull (P5)."""
+        if self.used + self.reserved + blocks > self.limit:
+            self.counters["writes_refused_full"] += 1
+            raise PoolFull
+        self.reserved += blocks
+
+    # -- space -------------------------------------------------------------------------------
+
+    def width(self) -> tuple[int, int]:
+        """(k, m) of new stripes: narrower when members are missing (P6). Raises PoolStopped."""
+        found = width(len(self.active()), self.data, self.parity)
+        if found is None:
+            raise PoolStopped(
+                f"{len(self.active())} devices are left, more than {self.parity} are needed to "
+                "write"
+            )
+        return found
+
+    def shape(self) -> Geometry:
+        """The geometry of new stripes."""
+        return geometry(*self.width(), self.slot_blocks)
+
+    def free_stripes(self) -> int:
+        """How many stripes can be placed now."""
+        free = [m.slots.free for m in self.active() if not m.full]
+        try:
+            count = sum(self.width())
+        except PoolStopped:
+            return 0
+        return capacity(free, count) if len(free) >= count else 0
+
+    def total_stripes(self) -> int:
+        """How many stripes of today's width the members could hold in all."""
+        slots = [m.slots.used if m.full else m.slots.slots for m in self.active()]
+        try:
+            count = sum(self.width())
+        except PoolStopped:
+            return 0
+        return capacity(slots, count) if len(slots) >= count else 0
+
+    def update_limit(self) -> None:
+        """Recompute how many blocks may be mapped, after the members changed."""
+        try:
+            blocks = self.shape().blocks
+        except PoolStopped:
+            self.limit = 0
+            return
+        stripes = self.total_stripes()
+        self.limit = max(0, int((stripes - 2 * RESERVE_STRIPES) * blocks * FILL))
+
+    def place(self, shards: int) -> tuple[tuple[int, int], ...]:
+        """Take a slot on `shards` distinct members. Raises NoSpace."""
+        candidates = [
+            Candidate(m.index, m.slots.free, m.domain)
+            for m in self.active()
+            if not m.full and m.slots.free
+        ]
+        chosen = choose(candidates, shards, self.rng)
+        return tuple((index, self.members[index].slots.take()) for index in chosen)
+
+    def unplace(self, places: tuple[tuple[int, int], ...]) -> None:
+        """Return slots that no committed root refers to."""
+        for index, slot in places:
+            if index != NOWHERE and index in self.members:
+                self.members[index].slots.give(slot)
+
+    def new_stripe(self) -> int:
+        """A stripe id that was never used. Raises NoSpace when a root must be committed first."""
+        if self.next_stripe >= self.stripe_limit:
+            raise NoSpace("stripe ids are used up until the next root")
+        self.next_stripe += 1
+        return self.next_stripe - 1
+
+    def new_row(self, kind: int) -> Stripe:
+        """A placed, unwritten stripe of today's width. Raises NoSpace, PoolStopped."""
+        shape = self.shape()
+        places = self.place(shape.shards)
+        return Stripe(self.new_stripe(), kind, shape, places)
+
+    # -- the root ----------------------------------------------------------------------------
+
+    def root(self, committed: Committed, replicas: list[int]) -> dict[str, Any]:
+        """The next root (`docs/format.md`, "Root")."""
+        top = committed.top
+        return {
+            "name": self.name,
+            "generation": self.generation + 1,
+            "parent": self.parent,
+            "writer": self.writer,
+            "term": self.term,
+            "code": {"data": self.data, "parity": self.parity, "slot_blocks": self.slot_blocks},
+            "members": [member.to_json() for member in self.members.values()],
+            "streams": [
+                {
+                    "id": 1,
+                    "owner": self.uuid.hex(),
+                    "blocks": self.journal_blocks,
+                    "tail": committed.tail,
+                    "durable": committed.durable,
+                    "replay": committed.replay,
+                    "version": committed.version,
+                    "previous": committed.previous,
+                    "replicas": [
+                        {"member": index, "offset": self.members[index].layout.journal_offset}
+                        for index in replicas
+                    ],
+                }
+            ],
+            "checkpoint": {
+                "width": self.table.width,
+                "anchors": [stripe.to_json() for stripe in committed.anchors.values()],
+                "top": list(top) if top is not None else None,
+            },
+            "next": {"stripe": self.stripe_limit},
+        }

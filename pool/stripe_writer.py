@@ -1,0 +1,219 @@
+"""Writes stripes: gathers blocks, encodes, writes shards, syncs. What every mover asks for.
+
+A `Job` says exactly what to write where; nothing is decided here. The same coroutine runs in the
+worker process and, in the simulation, in the engine's own loop. A stripe counts only once `Outcome`
+names it as written: all its stored shards are synced.
+
+Every source block is verified against the checksum that the map has for it (R13); one that fails is
+reported, and the engine supplies it from elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+from backends.base import BLOCK_SIZE, Buffer, Device, DeviceError, DeviceFull, ObjectStore
+from pool.checksum import block_crcs
+from pool.erasure import codec
+from pool.format import stripe as stripe_format
+from pool.format.geometry import Geometry
+from pool.format.stripe import Contents
+from pool.shards import Shards
+from pool.table import NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSource:
+    """`count` blocks at a byte offset of a member's journal zone, for block `at` of the stripe."""
+
+    member: int
+    offset: int
+    at: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSource:
+    """`count` blocks of a stored shard, from byte `offset` behind the start of its header."""
+
+    member: int
+    stripe: int
+    shard: int
+    slot: int
+    offset: int
+    at: int
+    count: int
+
+
+@dataclass(slots=True)
+class StripeJob:
+    """One stripe to write. Arrays have an entry per data block, unused ones layer 0."""
+
+    stripe: int
+    kind: int
+    shape: Geometry
+    places: tuple[tuple[int, int], ...]
+    used: int
+    layers: npt.NDArray[np.uint32]
+    blocks: npt.NDArray[np.uint64]
+    versions: npt.NDArray[np.uint64]
+    crcs: npt.NDArray[np.uint32]
+    sources: list[JournalSource | ShardSource] = field(default_factory=list)
+    #: Bytes that come with the job: (block of the stripe, data).
+    inline: list[tuple[int, bytes]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Stripes to write and sync together."""
+
+    pool: bytes
+    stripes: list[StripeJob]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a job."""
+
+    written: list[int] = field(default_factory=list)
+    #: Source blocks that could not be read or verified: (stripe, block of the stripe).
+    bad: list[tuple[int, int]] = field(default_factory=list)
+    #: Members that failed: index → (message, is it only full).
+    failed: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    #: Bytes handed to each member.
+    bytes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A member as a writer of stripes sees it."""
+
+    backend: Device | ObjectStore
+    shards: Shards
+
+
+async def run(job: Job, members: Mapping[int, Target]) -> Outcome:
+    """Write the stripes of a job. Raises nothing but bugs; device errors are in the outcome."""
+    outcome = Outcome()
+    touched: dict[int, set[int]] = {}
+    for stripe in job.stripes:
+        data = await _gather(stripe, members, outcome)
+        if data is None:
+            continue
+        await _write(job.pool, stripe, data, members, outcome, touched)
+    await asyncio.gather(*(_sync(member, members, outcome) for member in touched))
+    for stripe in job.stripes:
+        wrote = touched_by(stripe.stripe, touched)
+        if wrote and not wrote & outcome.failed.keys():
+            outcome.written.append(stripe.stripe)
+    return outcome
+
+
+def touched_by(stripe: int, touched: Mapping[int, set[int]]) -> set[int]:
+    """Members to which shards of a stripe were written."""
+    return {member for member, stripes in touched.items() if stripe in stripes}
+
+
+async def _sync(member: int, members: Mapping[int, Target], outcome: Outcome) -> None:
+    try:
+        await members[member].shards.sync()
+    except DeviceError as error:
+        outcome.failed[member] = (str(error), False)
+
+
+async def _gather(
+    job: StripeJob, members: Mapping[int, Target], outcome: Outcome
+) -> memoryview | None:
+    """The stripe's data blocks, verified; None if some could not be had."""
+    data = memoryview(bytearray(job.shape.blocks * BLOCK_SIZE))
+    for at, content in job.inline:
+        data[at * BLOCK_SIZE : at * BLOCK_SIZE + len(content)] = content
+    bad: list[int] = []
+    for source in job.sources:
+        start, length = source.at * BLOCK_SIZE, source.count * BLOCK_SIZE
+        view = data[start : start + length]
+        if not await _read(source, view, members):
+            bad.extend(range(source.at, source.at + source.count))
+            continue
+        expected = job.crcs[source.at : source.at + source.count].tolist()
+        bad += [source.at + i for i, crc in enumerate(block_crcs(view)) if crc != expected[i]]
+    outcome.bad.extend((job.stripe, at) for at in bad)
+    return None if bad else data
+
+
+async def _read(
+    source: JournalSource | ShardSource, view: memoryview, members: Mapping[int, Target]
+) -> bool:
+    target = members.get(source.member)
+    if target is None:
+        return False
+    try:
+        if isinstance(source, JournalSource):
+            assert isinstance(target.backend, Device)
+            if not target.backend.try_read(source.offset, view):
+                view[:] = await target.backend.read(source.offset, len(view))
+            return True
+        where = (source.stripe, source.shard, source.slot, source.offset)
+        if not target.shards.try_read(*where, view):
+            view[:] = await target.shards.read(*where, len(view))
+    except DeviceError:
+        return False
+    return True
+
+
+async def _write(
+    pool: bytes,
+    job: StripeJob,
+    data: memoryview,
+    members: Mapping[int, Target],
+    outcome: Outcome,
+    touched: dict[int, set[int]],
+) -> None:
+    """Encode one stripe and write its shards, each behind its header."""
+    shape = job.shape
+    size = shape.shard_bytes
+    shards: list[Buffer] = [data[i * size : (i + 1) * size] for i in range(shape.data)]
+    parity = [memoryview(bytearray(size)) for _ in range(shape.parity)]
+    if parity:
+        codec(shape.data, shape.parity).encode(shards, parity)
+    for at in range(job.used, shape.blocks):
+        job.crcs[at] = _ZERO_CRC
+    crcs = np.concatenate([job.crcs, *(np.array(block_crcs(view), np.uint32) for view in parity)])
+    headers = stripe_format.encode(
+        pool=pool, stripe=job.stripe, kind=job.kind, shape=shape, used=job.used,
+        contents=Contents(job.layers, job.blocks, job.versions, crcs),
+    )  # fmt: skip
+    shards += parity
+    writes = []
+    for number, (member, slot) in enumerate(job.places):
+        if member != NOWHERE:
+            touched.setdefault(member, set()).add(job.stripe)
+            buffers = [headers[number], shards[number]]
+            writes.append(_write_shard(job.stripe, number, member, slot, buffers, members, outcome))
+    await asyncio.gather(*writes)
+
+
+async def _write_shard(
+    stripe: int,
+    shard: int,
+    member: int,
+    slot: int,
+    buffers: list[Buffer],
+    members: Mapping[int, Target],
+    outcome: Outcome,
+) -> None:
+    try:
+        await members[member].shards.write(stripe, shard, slot, buffers)
+    except DeviceError as error:
+        outcome.failed[member] = (str(error), isinstance(error, DeviceFull))
+        return
+    outcome.bytes[member] = outcome.bytes.get(member, 0) + sum(len(b) for b in buffers)
+
+
+_ZERO_CRC = crc32c(bytes(BLOCK_SIZE))

@@ -1,0 +1,1 @@
+"""Command line, daemon and metrics: the only place where pool, NBD server and backends meet."""

@@ -1,0 +1,106 @@
+"""What commands do to an open pool, by name and with JSON arguments.
+
+The same `Controller` is called directly by a command that opened the pool itself and by the
+control socket of the daemon, so that both behave alike. Arguments are checked here, since they may
+come off a socket; what is wrong with a pool or a device becomes a `UserError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+from pool import Pool, PoolError
+from stripewell.control import Progress, no_progress
+from stripewell.endpoints import Endpoints
+from stripewell.errors import UserError, one_line
+from stripewell.names import check_name
+
+Arguments = dict[str, Any]
+
+
+class Controller:
+    """Operations on one open pool. `dropped` is told the name of every volume that was deleted."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        endpoints: Endpoints | None = None,
+        dropped: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._pool = pool
+        self._endpoints = endpoints
+        self._dropped = dropped
+        self._operations: dict[
+            str, tuple[dict[str, type], Callable[[Arguments, Progress], Awaitable[Any]]]
+        ] = {
+            "pool.status": ({}, self._status),
+            "pool.check": ({}, self._check),
+            "pool.endpoints": ({}, self._where),
+            "volume.list": ({}, self._list),
+            "volume.create": ({"name": str, "size": int}, self._create),
+            "volume.delete": ({"name": str}, self._delete),
+        }
+
+    async def call(
+        self, operation: str, args: Arguments | None = None, progress: Progress = no_progress
+    ) -> Any:
+        """The operation's JSON-able result. Raises `UserError`."""
+        known = self._operations.get(operation)
+        if known is None:
+            raise UserError(f"unknown operation {operation[:80]!r}: command and daemon differ")
+        schema, method = known
+        args = args or {}
+        if set(args) != set(schema) or any(type(args[key]) is not schema[key] for key in schema):
+            raise UserError(f"{operation} takes {', '.join(schema) or 'no arguments'}")
+        try:
+            return await method(args, progress)
+        except ConnectionError:
+            raise
+        except (PoolError, OSError) as error:
+            raise UserError(one_line(error)) from error
+
+    async def _status(self, args: Arguments, progress: Progress) -> dict[str, Any]:
+        status = self._pool.status() | {"served": self._endpoints is not None}
+        if not status["served"] and status["state"] == "read-only":
+            status["state"] = _health(status)
+        return status
+
+    async def _check(self, args: Arguments, progress: Progress) -> list[str]:
+        return await self._pool.check(progress)
+
+    async def _where(self, args: Arguments, progress: Progress) -> dict[str, Any] | None:
+        return asdict(self._endpoints) if self._endpoints else None
+
+    async def _list(self, args: Arguments, progress: Progress) -> list[dict[str, Any]]:
+        return [
+            {
+                "pool": self._pool.name,
+                "name": volume.name,
+                "size": volume.size,
+                "used_bytes": volume.used_bytes,
+                "created": volume.created,
+                "state": volume.state,
+            }
+            for volume in self._pool.volumes()
+        ]
+
+    async def _create(self, args: Arguments, progress: Progress) -> dict[str, Any]:
+        name = check_name("volume", args["name"])
+        await self._pool.create_volume(name, args["size"])
+        volumes: list[dict[str, Any]] = await self._list({}, progress)
+        return next(volume for volume in volumes if volume["name"] == name)
+
+    async def _delete(self, args: Arguments, progress: Progress) -> None:
+        name = check_name("volume", args["name"])
+        await self._pool.delete_volume(name)
+        self._dropped(name)
+
+
+def _health(status: dict[str, Any]) -> str:
+    """State of a pool that is open for reading only because somebody wants to look at it."""
+    if status["capacity_bytes"] and not status["free_bytes"]:
+        return "full"
+    away = any(device["state"] != "active" for device in status["devices"])
+    return "degraded" if away or status["stripes"]["degraded"] else "healthy"

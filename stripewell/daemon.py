@@ -1,0 +1,137 @@
+"""The daemon: one pool, served over NBD until SIGTERM or SIGINT.
+
+Order of start: lock and open the devices, NBD sockets, control socket, HTTP, one line on stdout.
+The end is the reverse, so that no request is taken that can't be answered; requests in flight are
+finished, and no client is told ESHUTDOWN. Nothing depends on that end: after `kill -9` the next
+start recovers. Called by the CLI; nothing that only the command line needs is imported here
+(resident memory).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+
+import uvloop
+
+from nbd_server.export import Export
+from nbd_server.server import Server
+from pool import Pool
+from pool.mover import ProcessMover
+from stripewell import systemd
+from stripewell.control import ControlServer
+from stripewell.controller import Controller
+from stripewell.endpoints import Address, Endpoints
+from stripewell.http import HttpServer, Response, plain
+from stripewell.opening import open_pool
+from stripewell.state import PoolRecord, State
+
+#: How long requests in flight may take at the end. Below systemd's 90 s.
+_GRACE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where to listen; a unix socket always."""
+
+    unix: Path
+    tcp: Address | None = None
+    http: Address | None = None
+
+
+def serve(state: State, record: PoolRecord, listen: Listen) -> None:
+    """Serve a pool until a signal ends it. Raises `UserError`."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(state, record, listen))
+
+
+async def _serve(state: State, record: PoolRecord, listen: Listen) -> None:
+    stopped = _stop_on_signals()
+    state.make_directories()
+    async with contextlib.AsyncExitStack() as stack:
+        opened = await stack.enter_async_context(
+            open_pool(record, read_only=False, make_mover=ProcessMover)
+        )
+        for problem in opened.problems:
+            print(f"stripewell: going on without a device: {problem}", file=sys.stderr)
+        pool = opened.pool
+        server = Server(
+            partial(_lookup, pool), lambda: [pool.volume(v.name) for v in pool.volumes()]
+        )
+        endpoints = await stack.enter_async_context(_listening(server, listen))
+        controller = Controller(pool, endpoints, server.drop_export)
+        control = ControlServer(controller)
+        stack.push_async_callback(control.stop)
+        await control.start(state.control_socket(record.name))
+        if listen.http:
+            stack.callback((await _serve_http(listen.http, pool, server)).stop)
+        where = ", ".join(endpoints.uris())
+        count = len(pool.volumes())
+        print(f"stripewell: serving {record.name} on {where} ({count} volumes)", flush=True)
+        systemd.notify("READY=1")
+        await stopped.wait()
+        systemd.notify("STOPPING=1")
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """Set by the first signal. A second one has its default effect: the end at once."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        stopped.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    return stopped
+
+
+def _lookup(pool: Pool, name: str) -> Export | None:
+    try:
+        return pool.volume(name)
+    except KeyError:
+        return None
+
+
+@asynccontextmanager
+async def _listening(server: Server, listen: Listen) -> AsyncIterator[Endpoints]:
+    """The server on its sockets, stopped at the end."""
+    try:
+        await server.listen_unix(str(listen.unix))
+        tcp = listen.tcp
+        if tcp:
+            tcp = Address(tcp.host, await server.listen_tcp(tcp.host, tcp.port))
+        yield Endpoints(str(listen.unix), tcp)
+    finally:
+        await server.stop(_GRACE_SECONDS)
+
+
+async def _serve_http(address: Address, pool: Pool, server: Server) -> HttpServer:
+    # Only here: without --http none of it is in memory.
+    from stripewell.metrics import CONTENT_TYPE, PoolCollector, render
+
+    collector = PoolCollector(pool.status, server.counters)
+
+    def metrics() -> Response:
+        return HTTPStatus.OK, CONTENT_TYPE, render(collector)
+
+    http = HttpServer({"/metrics": metrics, "/healthz": lambda: _health(pool)})
+    await http.start(address)
+    return http
+
+
+def _health(pool: Pool) -> Response:
+    """200 while reads and writes are served, 503 once writes are not."""
+    state = pool.status()["state"]
+    writes = state in {"healthy", "degraded"}
+    return plain(HTTPStatus.OK if writes else HTTPStatus.SERVICE_UNAVAILABLE, state)

@@ -1,0 +1,214 @@
+"""From device URLs to an open pool: the only module that joins `backends.open` and `pool`.
+
+Called by the daemon, and by commands when no daemon serves the pool. Everything raised here is a
+`UserError`, and every backend that was opened is closed again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from backends.base import Device, DeviceBusy, DeviceError, ObjectStore
+from backends.open import open_backend
+from backends.signature import HEAD_SIZE, foreign_signature
+from backends.url import parse_url
+from pool import MemberSpec, Pool, PoolError, PoolSpec, create_pool, probe
+from pool.mover import InlineMover, Mover
+from stripewell.control import Progress
+from stripewell.controller import Controller
+from stripewell.errors import UserError, one_line
+from stripewell.names import check_name
+from stripewell.state import PoolRecord
+
+Backend = Device | ObjectStore
+
+#: Schemes whose path is one of this host; "" is a bare path.
+_LOCAL = {"", "file", "block", "dir"}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPool:
+    """A pool and what could not be opened of it, one line each."""
+
+    pool: Pool
+    problems: list[str]
+
+
+@asynccontextmanager
+async def open_pool(
+    record: PoolRecord, *, read_only: bool, make_mover: Callable[[], Mover] = InlineMover
+) -> AsyncIterator[OpenPool]:
+    """The pool of a record, closed at the end.
+
+    A device that can't be opened is left out and named in `problems`; whether the rest is enough is
+    for the pool to say. A busy one refuses all (R22).
+    """
+    async with _opened() as backends:
+        problems = await _open_those_there(record.devices, backends, writable=not read_only)
+        pool = await _open(record, backends, problems, read_only, make_mover())
+        try:
+            if pool.uuid != record.uuid:
+                raise UserError(
+                    f"the devices belong to another pool {pool.name!r} now ({pool.uuid}, not"
+                    f" {record.uuid}): `stripewell pool import URL...` it with another --state"
+                )
+            yield OpenPool(pool, problems)
+        finally:
+            with _told():
+                await pool.close()
+
+
+async def create(
+    spec: PoolSpec, data: Sequence[str], journal: Sequence[str], *, force: bool, progress: Progress
+) -> PoolRecord:
+    """Make a pool of device URLs; `journal` names those that hold the journal."""
+    urls = [*data, *journal]
+    async with _opened() as backends:
+        with _told():
+            refuse_twice(urls)
+            for url in urls:
+                backends.append(await open_backend(url, create=True))
+                if not force:
+                    await _refuse_foreign(backends[-1])
+            members = [
+                MemberSpec(backend, journal=index >= len(data), force=force)
+                for index, backend in enumerate(backends)
+            ]
+            uuid = await create_pool(spec, members, rng=random.Random(), progress=progress)
+    return PoolRecord(spec.name, uuid, [absolute(url) for url in urls])
+
+
+async def identify(urls: Sequence[str]) -> tuple[PoolRecord, dict[str, Any]]:
+    """The pool that the devices behind `urls` belong to, and its status. Changes nothing."""
+    async with _opened() as backends:
+        pools: dict[str, tuple[str, str]] = {}
+        with _told():
+            refuse_twice(urls)
+            for url in urls:
+                backends.append(await open_backend(url, writable=False))
+                found = await probe(backends[-1])
+                if found is None:
+                    raise UserError(f"{url} belongs to no pool: leave it out")
+                pools[found.pool_uuid] = (found.pool_name, url)
+        if len(pools) > 1:
+            belong = ", ".join(f"{url} to {name} ({uuid})" for uuid, (name, url) in pools.items())
+            raise UserError(f"the devices are of different pools: {belong}")
+    [(uuid, (name, _))] = pools.items()
+    record = PoolRecord(check_name("pool", name), uuid, [absolute(url) for url in urls])
+    async with open_pool(record, read_only=True) as opened:
+        status = await Controller(opened.pool).call("pool.status")
+    _refuse_too_few(status)
+    return record, status
+
+
+def refuse_twice(urls: Sequence[str]) -> None:
+    """Raises `UserError` if two URLs name one device: the same URL, file or inode."""
+    seen: dict[object, int] = {}
+    for index, url in enumerate(urls):
+        for identity in _identities(url):
+            first = seen.setdefault(identity, index)
+            if first != index:
+                raise UserError(f"{url} is given twice (it is the same as {urls[first]})")
+
+
+def absolute(url: str) -> str:
+    """A URL that means the same from any working directory."""
+    target = parse_url(url)
+    if target.scheme not in _LOCAL or target.host or os.path.isabs(target.path):
+        return url
+    scheme, place = url[: len(target.scheme) + 1], url[len(target.scheme) + 1 :]
+    return scheme + os.path.abspath(place) if target.scheme else os.path.abspath(url)
+
+
+def _identities(url: str) -> list[object]:
+    """What two URLs of one device have in common."""
+    target = parse_url(url)
+    if target.scheme not in _LOCAL:
+        return [url]
+    path = os.path.realpath(target.path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [path]
+    return [path, (status.st_dev, status.st_ino)]
+
+
+def _refuse_too_few(status: dict[str, Any]) -> None:
+    """Raises `UserError` if a pool could be looked at but not be served (R20)."""
+    devices = status["devices"]
+    missing = [device for device in devices if device["state"] == "missing"]
+    if len(missing) > status["parity"]:
+        places = ", ".join(f"device {one['index']} last seen at {one['url']}" for one in missing)
+        raise UserError(
+            f"too few devices: {len(devices) - len(missing)} of {len(devices)} are here, at least"
+            f" {len(devices) - status['parity']} are needed; missing: {places}"
+        )
+
+
+async def _open(
+    record: PoolRecord,
+    backends: Sequence[Backend],
+    problems: Sequence[str],
+    read_only: bool,
+    mover: Mover,
+) -> Pool:
+    try:
+        with _told(problems):
+            return await Pool.open(
+                backends,
+                mover=mover,
+                rng=random.Random(),
+                read_only=read_only,
+                expect_pool=record.name,
+            )
+    except BaseException:
+        await mover.close()
+        raise
+
+
+async def _refuse_foreign(backend: Backend) -> None:
+    """Raises `UserError` for a device that somebody else's data is on."""
+    if not isinstance(backend, Device):
+        return
+    found = foreign_signature(await backend.read(0, min(HEAD_SIZE, backend.size)))
+    if found:
+        raise UserError(f"{backend.url} holds a {found}: choose another device, or --force")
+
+
+async def _open_those_there(
+    urls: Sequence[str], backends: list[Backend], *, writable: bool
+) -> list[str]:
+    problems = []
+    for url in urls:
+        try:
+            backends.append(await open_backend(url, writable=writable))
+        except DeviceBusy as error:
+            raise UserError(one_line(error)) from error
+        except DeviceError as error:
+            problems.append(one_line(error))
+    return problems
+
+
+@asynccontextmanager
+async def _opened() -> AsyncIterator[list[Backend]]:
+    """A list for backends that closes what is in it at the end."""
+    backends: list[Backend] = []
+    try:
+        yield backends
+    finally:
+        for backend in backends:
+            await backend.close()
+
+
+@contextmanager
+def _told(problems: Sequence[str] = ()) -> Iterator[None]:
+    """Errors of pool and devices as one line, with what went wrong before."""
+    try:
+        yield
+    except (PoolError, OSError) as error:
+        raise UserError("; ".join([one_line(error), *problems])) from error

@@ -1,0 +1,218 @@
+"""The daemon: serves real clients, one writer per pool, ends cleanly, and survives being killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import SECONDS, Stripewell, gone
+
+nbd = pytest.importorskip("nbd", reason="needs python3-libnbd")
+
+
+@pytest.fixture
+def tank(stripewell: Stripewell) -> Stripewell:
+    stripewell.create()
+    stripewell.ok("volume", "create", "tank/vm1", "--size", "16M")
+    return stripewell
+
+
+def connect(path: str, export: str = "vm1") -> nbd.NBD:
+    client = nbd.NBD()
+    client.set_export_name(export)
+    client.connect_unix(path)
+    return client
+
+
+def test_ready_is_one_line_and_the_end_is_clean(tank: Stripewell) -> None:
+    daemon = tank.serve()
+    path = f"{tank.state}/run/tank.nbd.sock"
+    assert daemon.ready == (f"stripewell: serving tank on nbd+unix:///?socket={path} (1 volumes)\n")
+    assert daemon.terminate() == (0, "", "")
+    assert list((tank.state / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_both_signals_end_it(tank: Stripewell, number: signal.Signals) -> None:
+    daemon = tank.serve()
+    daemon.process.send_signal(number)
+    _, err = daemon.process.communicate(timeout=SECONDS)
+    assert (daemon.process.returncode, err) == (0, "")
+
+
+def test_data_survives_a_clean_restart(tank: Stripewell) -> None:
+    daemon = tank.serve()
+    client = connect(daemon.socket)
+    client.pwrite(b"x" * 4096, 8192)
+    client.flush()
+    client.shutdown()
+    daemon.terminate()
+    client = connect(tank.serve().socket)
+    assert client.pread(4096, 8192) == b"x" * 4096
+    assert client.pread(4096, 0) == bytes(4096)
+    client.shutdown()
+
+
+def test_acknowledged_data_survives_kill(tank: Stripewell) -> None:
+    """P1, without a flush."""
+    daemon = tank.serve()
+    client = connect(daemon.socket)
+    for block in range(64):
+        client.pwrite(block.to_bytes(2, "big") * 2048, block * 4096)
+    daemon.kill()
+    client = connect(tank.serve().socket)
+    for block in range(64):
+        assert client.pread(4096, block * 4096) == block.to_bytes(2, "big") * 2048
+    client.shutdown()
+
+
+def test_sockets_left_by_kill_are_no_hindrance(tank: Stripewell) -> None:
+    tank.serve().kill()
+    assert (tank.state / "run/tank.ctl.sock").exists()
+    assert tank.json("pool", "list")[0]["served"] is False
+    assert [volume["name"] for volume in tank.json("volume", "list")] == ["vm1"]
+    tank.serve()
+    assert tank.json("pool", "list")[0]["served"] is True
+
+
+def test_nothing_survives_kill(tank: Stripewell) -> None:
+    daemon = tank.serve()
+    pid = daemon.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    daemon.kill()
+    assert all(gone(int(child)) for child in children)
+
+
+def test_a_second_daemon_is_refused_with_any_state(tank: Stripewell, short_path: Path) -> None:
+    """R22: the lock is on the devices."""
+    tank.serve()
+    other = short_path / "other"
+    devices = tank.json("pool", "list")[0]["devices"]
+    tank.ok("pool", "import", *devices, state=other)
+    assert "d0" in tank.refused("serve", "tank")
+    assert "d0" in tank.refused("serve", "tank", state=other)
+    assert "d0" in tank.refused("volume", "create", "tank/x", "--size", "1G", state=other)
+    assert tank.json("pool", "status", "tank")["state"] == "healthy"
+
+
+def test_a_served_device_can_not_be_made_into_another_pool(tank: Stripewell) -> None:
+    tank.serve()
+    line = tank.refused(
+        "pool", "create", "pond", "--data", "1", "--parity", "0", "--force", f"{tank.directory}/d0"
+    )
+    assert "d0" in line
+
+
+def test_volumes_come_and_go_while_serving(tank: Stripewell) -> None:
+    daemon = tank.serve()
+    tank.ok("volume", "create", "tank/vm2", "--size", "8M")
+    client = connect(daemon.socket, "vm2")
+    assert client.get_size() == 8 << 20
+    tank.ok("volume", "delete", "tank/vm2")
+    with pytest.raises(nbd.Error):
+        client.pread(512, 0)
+    with pytest.raises(nbd.Error):
+        connect(daemon.socket, "vm2")
+    other = connect(daemon.socket)
+    assert other.pread(512, 0) == bytes(512)
+    other.shutdown()
+
+
+def test_tcp(tank: Stripewell) -> None:
+    daemon = tank.serve("tank", "--tcp", "127.0.0.1:0")
+    port = daemon.ready.partition("nbd://127.0.0.1:")[2].partition("/")[0]
+    client = nbd.NBD()
+    client.set_export_name("vm1")
+    client.connect_tcp("127.0.0.1", port)
+    assert client.get_size() == 16 << 20
+    client.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_metrics_and_health(tank: Stripewell) -> None:
+    port = free_port()
+    daemon = tank.serve("tank", "--http", f"127.0.0.1:{port}")
+    client = connect(daemon.socket)
+    client.pwrite(bytes(4096), 0)
+    client.shutdown()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    assert 'stripewell_pool_state{pool="tank",state="healthy"} 1.0' in text.splitlines()
+    assert 'stripewell_nbd_writes_total{pool="tank"} 1.0' in text.splitlines()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as page:
+        assert page.read() == b"healthy\n"
+
+
+def test_systemd_is_told(
+    tank: Stripewell, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(short_path / "notify"))
+        supervisor.settimeout(SECONDS)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(short_path / "notify"))
+        daemon = tank.serve()
+        assert supervisor.recv(100) == b"READY=1"
+        daemon.terminate()
+        assert supervisor.recv(100) == b"STOPPING=1"
+
+
+def test_the_daemon_stays_lean(tank: Stripewell) -> None:
+    """What only the command line or --http needs is not in its memory."""
+    program = (
+        "import sys, stripewell.daemon\n"
+        "print([m for m in ('rich', 'prometheus_client', 'pydantic', 'typer') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [*tank._command((), None)[:1], "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_qemu_tools_read_the_uri_of_attach(tank: Stripewell) -> None:
+    tank.serve()
+    uri = tank.json("attach", "tank/vm1")["uris"][0]
+    try:
+        done = subprocess.run(
+            ["qemu-img", "info", "--output=json", uri], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        pytest.skip("qemu-img is not installed")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["virtual-size"] == 16 << 20
+
+
+def test_qemu_takes_the_arguments_of_attach(tank: Stripewell) -> None:
+    """A machine with the pasted lines starts and has the disk; it never runs."""
+    tank.serve()
+    arguments = tank.json("attach", "tank/vm1")["qemu"]
+    qemu = ["qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-qmp", "stdio"]
+    commands = "".join(
+        json.dumps({"execute": name}) for name in ("qmp_capabilities", "query-block", "quit")
+    )
+    try:
+        done = subprocess.run(
+            [*qemu, *arguments],
+            input=commands,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    except FileNotFoundError:
+        pytest.skip("qemu-system-x86 is not installed")
+    assert (done.returncode, done.stderr) == (0, "")
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    [[disk]] = [reply["return"] for reply in replies if isinstance(reply.get("return"), list)]
+    assert disk["inserted"]["image"]["virtual-size"] == 16 << 20

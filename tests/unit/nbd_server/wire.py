@@ -1,0 +1,218 @@
+"""The client's side of the protocol, for tests: encodes requests, decodes replies.
+
+Written independently of the server's encoders, so that a mistake there is not made here again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+IHAVEOPT = 0x49484156454F5054
+NBDMAGIC = 0x4E42444D41474943
+FIXED, NO_ZEROES = 1, 2
+EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO = 1, 2, 3, 5, 6, 7
+STRUCTURED, LIST_META, SET_META, EXTENDED = 8, 9, 10, 11
+ACK, SERVER, REP_INFO, META = 1, 2, 3, 4
+UNSUP, INVALID, UNKNOWN, TOO_BIG = ((1 << 31) + n for n in (1, 3, 6, 9))
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
+
+
+def client_flags(flags: int = FIXED | NO_ZEROES) -> bytes:
+    return struct.pack(">I", flags)
+
+
+def option(number: int, data: bytes = b"", *, length: int | None = None) -> bytes:
+    return struct.pack(">QII", IHAVEOPT, number, len(data) if length is None else length) + data
+
+
+def string(text: str) -> bytes:
+    return struct.pack(">I", len(text.encode())) + text.encode()
+
+
+def info(name: str, *wanted: int) -> bytes:
+    return string(name) + struct.pack(f">H{len(wanted)}H", len(wanted), *wanted)
+
+
+def meta(name: str, *queries: str) -> bytes:
+    return string(name) + struct.pack(">I", len(queries)) + b"".join(map(string, queries))
+
+
+def option_replies(data: bytes) -> list[tuple[int, int, bytes]]:
+    """(option, type, data) of every reply; fails on anything that is none."""
+    found = []
+    while data:
+        magic, number, kind, length = struct.unpack_from(">QIII", data)
+        assert magic == 0x0003E889045565A9
+        assert len(data) >= 20 + length
+        found.append((number, kind, data[20 : 20 + length]))
+        data = data[20 + length :]
+    return found
+
+
+def request(
+    kind: int,
+    cookie: int = 1,
+    offset: int = 0,
+    length: int = 0,
+    flags: int = 0,
+    payload: bytes = b"",
+) -> bytes:
+    header = struct.pack(">IHHQQI", 0x25609513, flags, kind, cookie, offset, length)
+    return header + payload
+
+
+def write(cookie: int, offset: int, payload: bytes, flags: int = 0) -> bytes:
+    return request(WRITE, cookie, offset, len(payload), flags, payload)
+
+
+@dataclass
+class Answer:
+    """One reply: `data` of a read, `extents` of a status, `error` 0 on success."""
+
+    cookie: int
+    error: int = 0
+    data: bytes = b""
+    extents: tuple[tuple[int, int], ...] = ()
+    text: str = ""
+
+
+def decode(data: bytes, reads: dict[int, int]) -> list[Answer]:
+    """All replies in `data`; `reads` says for which cookies a simple reply carries how much."""
+    answers = []
+    while data:
+        answer, data = decode_one(data, reads)
+        answers.append(answer)
+    return answers
+
+
+def decode_one(data: bytes, reads: dict[int, int]) -> tuple[Answer, bytes]:
+    magic = struct.unpack_from(">I", data)[0]
+    if magic == 0x67446698:
+        _, error, cookie = struct.unpack_from(">IIQ", data)
+        length = 0 if error else reads.get(cookie, 0)
+        assert len(data) >= 16 + length
+        return Answer(cookie, error, data[16 : 16 + length]), data[16 + length :]
+    assert magic == 0x668E33EF
+    _, flags, kind, cookie, length = struct.unpack_from(">IHHQI", data)
+    body, rest = data[20 : 20 + length], data[20 + length :]
+    assert len(body) == length
+    assert flags == 1
+    return _chunk(kind, cookie, body), rest
+
+
+def decode_any(data: bytes, requests: list[tuple[int, int, int, int, int, int]]) -> list[int]:
+    """Cookies of all replies in `data`, where requests may share a cookie.
+
+    Which of them a simple reply belongs to is found by trying."""
+    if not data:
+        return []
+    lengths = {r[4] for r in requests if r[1] == READ} | {0}
+    for length in sorted(lengths):
+        cookie = _cookie(data)
+        try:
+            answer, rest = decode_one(data, {cookie: length})
+            return [answer.cookie, *decode_any(rest, requests)]
+        except (AssertionError, struct.error):
+            continue
+    raise AssertionError("no reply here")
+
+
+def _cookie(data: bytes) -> int:
+    # Simple replies and chunks have it at the same place.
+    cookie: int = struct.unpack_from(">Q", data, 8)[0]
+    return cookie
+
+
+def _chunk(kind: int, cookie: int, body: bytes) -> Answer:
+    if kind == 0:
+        assert not body
+        return Answer(cookie)
+    if kind == 1:
+        assert len(body) > 8
+        return Answer(cookie, data=body[8:])
+    if kind == 5:
+        numbers = struct.unpack(f">{len(body) // 4}I", body)
+        assert numbers[0] == 1
+        assert len(numbers) >= 3
+        return Answer(cookie, extents=tuple(zip(numbers[1::2], numbers[2::2], strict=True)))
+    assert kind == (1 << 15) + 1
+    error, size = struct.unpack_from(">IH", body)
+    assert error
+    assert len(body) == 6 + size
+    return Answer(cookie, error, text=body[6:].decode())
+
+
+class Client:
+    """A raw connection that can do what no proper client would."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.reads: dict[int, int] = {}
+
+    @classmethod
+    async def connect(cls, path: str) -> Client:
+        return cls(*await asyncio.open_unix_connection(path, limit=1 << 26))
+
+    @classmethod
+    async def ready(cls, path: str, name: str = "vol", *, structured: bool = True) -> Client:
+        """Connected, negotiated and in the transmission phase."""
+        client = await cls.connect(path)
+        await client.greet()
+        if structured:
+            client.send(option(STRUCTURED) + option(SET_META, meta(name, "base:allocation")))
+            while (await client.option_reply())[:2] != (SET_META, ACK):
+                pass
+        client.send(option(GO, info(name)))
+        while (await client.option_reply())[1] != ACK:
+            pass
+        return client
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def greet(self, flags: int = FIXED | NO_ZEROES) -> None:
+        greeting = await self.reader.readexactly(18)
+        assert greeting == struct.pack(">QQH", NBDMAGIC, IHAVEOPT, FIXED | NO_ZEROES)
+        self.send(client_flags(flags))
+
+    async def option_reply(self) -> tuple[int, int, bytes]:
+        header = await self.reader.readexactly(20)
+        size = struct.unpack_from(">I", header, 16)[0]
+        return option_replies(header + await self.reader.readexactly(size))[0]
+
+    async def answer(self) -> Answer:
+        head = await self.reader.readexactly(16)
+        magic, error, cookie = struct.unpack(">IIQ", head)
+        if magic == 0x67446698:
+            more = 0 if error else self.reads.get(cookie, 0)
+        else:
+            head += await self.reader.readexactly(4)
+            more = struct.unpack_from(">I", head, 16)[0]
+        answer, rest = decode_one(head + await self.reader.readexactly(more), self.reads)
+        assert not rest
+        return answer
+
+    async def ask(self, kind: int, cookie: int = 1, **fields: Any) -> Answer:
+        if kind == READ:
+            self.reads[cookie] = fields.get("length", 0)
+        self.send(request(kind, cookie, **fields))
+        return await self.answer()
+
+    async def ended(self) -> bool:
+        """Whether the server has closed without another byte."""
+        try:
+            return await asyncio.wait_for(self.reader.read(1), 5) == b""
+        except ConnectionResetError:
+            return True
+
+    async def close(self) -> None:
+        self.writer.close()
+        try:
+            await self.writer.wait_closed()
+        except (BrokenPipeError, ConnectionResetError):
+            return
