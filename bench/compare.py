@@ -99,7 +99,7 @@ class Session:
             self._record(job, server, result, extra)
             self._record_cost(job, server, result, before)
             if job.kind == "sustained" and isinstance(server, Stripewell):
-                length = _timed(result.seconds)
+                length = _timed(result.seconds + extra)
 
     def _length(self, job: Job) -> dict[str, str]:
         if job.kind == "burst":

@@ -65,7 +65,7 @@ class Stripewell:
         self.site.__exit__(None, None, None)
 
     def backlog(self) -> int | None:
-        return int(self.site.status()["journal"]["used_bytes"])
+        return int(self.site.status()["journal"]["unpacked_bytes"])
 
     def journal_bytes(self) -> int:
         """Size of the journal."""

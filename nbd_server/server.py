@@ -41,6 +41,8 @@ _ACCEPT_AT_ONCE = 16
 _ACCEPT_PAUSE = 1.0
 #: How often clients are looked at that hold memory others wait for.
 _SWEEP_SECONDS = 1.0
+#: How long cancelled requests may take to return when the server stops.
+_UNWIND_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +224,12 @@ class Server:
         try:
             await asyncio.wait_for(self._idle.wait(), grace_seconds)
         except TimeoutError:
+            tasks = [task for session in self._sessions for task in session.tasks]
             for session in list(self._sessions):
                 session.close("requests did not finish before the server had to stop")
-            # Cancelled requests get one turn to let go of the export.
-            await asyncio.sleep(0)
+            if tasks:
+                # They are cancelled; the export may go once they have let go of it.
+                await asyncio.wait(tasks, timeout=_UNWIND_SECONDS)
 
 
 def _remove_stale(path: str) -> None:

@@ -127,6 +127,11 @@ class Session:
         """The export, once the transmission phase has begun."""
         return None if self._transmission is None else self._transmission.export
 
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """The requests that wait for the export."""
+        return list(self._tasks)
+
     def stalls(self) -> bool:
         """Whether the client neither sent nor received since the last call although it has to.
 
@@ -146,6 +151,7 @@ class Session:
         self.finishing = True
         if self._transmission is None:
             self.close()
+            return
         self._adjust()
 
     def expel(self) -> None:

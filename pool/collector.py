@@ -43,12 +43,14 @@ async def collect(moving: Moving, stripes: int) -> int:
     if len(blocks) / room > 0.98 * len(victims):
         # It would use as many stripes as it empties.
         return 0
+    overtaken = state.counters["overtaken_blocks"]
     try:
         await move(moving, blocks)
     except DataLost:
         moving.stuck.update(victims)
         raise
     state.counters["collected_stripes"] += len(victims)
+    state.counters["collector_overtaken"] += state.counters["overtaken_blocks"] - overtaken
     return len(victims)
 
 

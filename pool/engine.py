@@ -62,10 +62,18 @@ class Engine:
     # -- data path: no await, atomic ---------------------------------------------------------
 
     def commit(self) -> None:
-        """Append what is staged and make it visible. Raises PoolStopped; then it never happened."""
-        journal = self.state.journal
-        self.state.reserved = 0
-        apply(self.state, journal.commit(), self._catalog_change)
+        """Append what is staged and make it visible. Raises PoolStopped; then it never happened, and
+        nothing is taken any more: whoever staged with it must not be answered by a later commit."""
+        state, journal = self.state, self.state.journal
+        state.reserved = 0
+        if state.stopped:
+            raise PoolStopped(state.stopped)
+        try:
+            committed = journal.commit()
+        except PoolStopped as error:
+            state.stopped = str(error)
+            raise
+        apply(state, committed, self._catalog_change)
         if journal.head >= self._kick_at:
             self._kick_at = journal.head + max(1, journal.size // 64)
             self.kick()

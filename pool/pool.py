@@ -22,6 +22,7 @@ from pool.loader import Loader
 from pool.member import Member, MemberState, read_superblocks
 from pool.membership import Membership, choose_journal
 from pool.mover import Mover
+from pool.placement import NoSpace
 from pool.reader import Reader
 from pool.recovery import Source
 from pool.roots import Found, active, check_enough, choose_root
@@ -31,6 +32,7 @@ from pool.table import NOWHERE, Stripe, StripeTable
 from pool.volume import Volume
 
 Progress = Callable[[int, int], None]
+READ_ONLY = "the pool is open for reading only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +107,11 @@ class Pool:
             if not state.stopped:
                 try:
                     await engine.checkpoint.write()
-                except (OSError, PoolError) as error:
+                except (OSError, PoolError, NoSpace) as error:
                     # The journal has everything; the next open replays it.
                     state.problems["close"] = str(error)
             await engine.membership.settled()
-            await engine.journal.close()
+        await engine.journal.close()
         await state.mover.close()
         for member in state.members.values():
             if member.backend is not None:
@@ -173,7 +175,7 @@ class Pool:
 
     def _writable(self) -> None:
         if self._read_only:
-            raise PoolError("the pool is open for reading only")
+            raise PoolError(READ_ONLY)
         if self._state.stopped:
             raise PoolError(f"the pool takes no writes: {self._state.stopped}")
 
@@ -326,11 +328,14 @@ async def _recover(
     )
     recovery.refill(state, backlog)
     if read_only:
-        await recovery.preload(state, engine.loader, chain)
-        await recovery.replay(state, engine.loader, chain)
-        state.update_limit()
-        return
-    replicas = await _start_term(engine, sources, chain, returned)
+        # What was never packed is read from the replicas as they are.
+        state.stopped = READ_ONLY
+        replicas = [
+            Replica(s.member, s.device, s.offset, committed.tail, chain.end, chain.end)
+            for s in sources
+        ]
+    else:
+        replicas = await _start_term(engine, sources, chain, returned)
     await recovery.preload(state, engine.loader, chain)
     await recovery.replay(state, engine.loader, chain)
     state.update_limit()
@@ -346,6 +351,8 @@ async def _recover(
     )
     journal.starts.extend(header.position for header in (*backlog, *chain.records))
     state._journal = journal
+    if read_only:
+        return
     journal.stage_mark()
     journal.commit(flags=FLAG_TERM_START)
     engine.start()

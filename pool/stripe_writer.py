@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +29,17 @@ from pool.shards import Shards
 from pool.table import NOWHERE
 
 
-@dataclass(frozen=True, slots=True)
-class JournalSource:
-    """`count` blocks at a byte offset of a member's journal zone, for block `at` of the stripe."""
+class JournalSource(NamedTuple):
+    """`blocks` blocks at a byte offset of a member's device, for block `at` of the stripe."""
 
     member: int
     offset: int
     at: int
-    count: int
+    blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class ShardSource:
-    """`count` blocks of a stored shard, from byte `offset` behind the start of its header."""
+class ShardSource(NamedTuple):
+    """`blocks` blocks of a stored shard, from byte `offset` behind the start of its header."""
 
     member: int
     stripe: int
@@ -48,7 +47,7 @@ class ShardSource:
     slot: int
     offset: int
     at: int
-    count: int
+    blocks: int
 
 
 @dataclass(slots=True)
@@ -134,17 +133,32 @@ async def _gather(
     data = memoryview(bytearray(job.shape.blocks * BLOCK_SIZE))
     for at, content in job.inline:
         data[at * BLOCK_SIZE : at * BLOCK_SIZE + len(content)] = content
-    bad: list[int] = []
+    bad: set[int] = set()
     for source in job.sources:
-        start, length = source.at * BLOCK_SIZE, source.count * BLOCK_SIZE
-        view = data[start : start + length]
-        if not await _read(source, view, members):
-            bad.extend(range(source.at, source.at + source.count))
-            continue
-        expected = job.crcs[source.at : source.at + source.count].tolist()
-        bad += [source.at + i for i, crc in enumerate(block_crcs(view)) if crc != expected[i]]
-    outcome.bad.extend((job.stripe, at) for at in bad)
+        start = source.at * BLOCK_SIZE
+        view = data[start : start + source.blocks * BLOCK_SIZE]
+        if not (_try_read(source, view, members) or await _read(source, view, members)):
+            bad.update(range(source.at, source.at + source.blocks))
+    found = block_crcs(data[: job.used * BLOCK_SIZE])
+    expected = job.crcs[: job.used].tolist()
+    if found != expected:
+        bad.update(i for i, crc in enumerate(found) if crc != expected[i])
+    outcome.bad.extend((job.stripe, at) for at in sorted(bad))
     return None if bad else data
+
+
+def _try_read(
+    source: JournalSource | ShardSource, view: memoryview, members: Mapping[int, Target]
+) -> bool:
+    target = members.get(source.member)
+    if target is None:
+        return False
+    try:
+        if isinstance(source, JournalSource):
+            return target.backend.try_read(source.offset, view)  # type: ignore[union-attr]
+        return target.shards.try_read(source.stripe, source.shard, source.slot, source.offset, view)
+    except DeviceError:
+        return False
 
 
 async def _read(
@@ -156,12 +170,11 @@ async def _read(
     try:
         if isinstance(source, JournalSource):
             assert isinstance(target.backend, Device)
-            if not target.backend.try_read(source.offset, view):
-                view[:] = await target.backend.read(source.offset, len(view))
-            return True
-        where = (source.stripe, source.shard, source.slot, source.offset)
-        if not target.shards.try_read(*where, view):
-            view[:] = await target.shards.read(*where, len(view))
+            view[:] = await target.backend.read(source.offset, len(view))
+        else:
+            view[:] = await target.shards.read(
+                source.stripe, source.shard, source.slot, source.offset, len(view)
+            )
     except DeviceError:
         return False
     return True

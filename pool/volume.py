@@ -192,7 +192,8 @@ class Volume:
         """Bring in the leaves under a range; they stay at least until the next await."""
         while missing := self._map.missing(block, count):
             await self._engine.loader.ensure((self._layer, number) for number in missing)
-            self._check_open()
+            if self.closed:
+                self._check_open()
 
     # -- writing -----------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ class PoolCollector(Collector):
         yield from _devices(pool, status["devices"])
         yield _states("pool_state", "State of the pool: 1 for the one it is in", [([pool], status)])
         for name, value in sorted(status["counters"].items()):
+            if name.startswith("member_"):
+                continue  # told as device_written_bytes, with a label instead of a name each
             yield _counter(f"pool_{name}", "Counted by the pool since it was opened", pool, value)
         yield from _server(pool, self._counters)
 
@@ -78,12 +80,15 @@ def _devices(pool: str, devices: list[dict[str, Any]]) -> Iterator[Metric]:
         for device in devices:
             family.add_metric([pool, str(device["index"])], device[name])
         yield family
-    errors = CounterMetricFamily(
-        "stripewell_device_errors", "Failed operations of a device", labels=["pool", "device"]
-    )
-    for device in devices:
-        errors.add_metric([pool, str(device["index"])], device["errors"])
-    yield errors
+    for name, text, key in (
+        ("errors", "Failed operations of a device", "errors"),
+        ("repaired", "Blocks of a device that were bad and written anew", "repaired"),
+        ("written_bytes", "Bytes written to a device", "written_bytes"),
+    ):
+        counter = CounterMetricFamily(f"stripewell_device_{name}", text, labels=["pool", "device"])
+        for device in devices:
+            counter.add_metric([pool, str(device["index"])], device[key])
+        yield counter
     labelled = [([pool, str(device["index"])], device) for device in devices]
     yield _states("device_state", "State of a device: 1 for the one it is in", labelled)
 

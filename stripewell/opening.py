@@ -17,7 +17,7 @@ from backends.base import Device, DeviceBusy, DeviceError, ObjectStore
 from backends.open import open_backend
 from backends.signature import HEAD_SIZE, foreign_signature
 from backends.url import parse_url
-from pool import MemberSpec, Pool, PoolError, PoolSpec, create_pool, probe
+from pool import MemberSpec, Pool, PoolError, PoolSpec, ProbeResult, create_pool, probe
 from pool.mover import InlineMover, Mover
 from stripewell.control import Progress
 from stripewell.controller import Controller
@@ -85,25 +85,47 @@ async def create(
 
 async def identify(urls: Sequence[str]) -> tuple[PoolRecord, dict[str, Any]]:
     """The pool that the devices behind `urls` belong to, and its status. Changes nothing."""
-    async with _opened() as backends:
-        pools: dict[str, tuple[str, str]] = {}
-        with _told():
-            refuse_twice(urls)
-            for url in urls:
-                backends.append(await open_backend(url, writable=False))
-                found = await probe(backends[-1])
-                if found is None:
-                    raise UserError(f"{url} belongs to no pool: leave it out")
-                pools[found.pool_uuid] = (found.pool_name, url)
-        if len(pools) > 1:
-            belong = ", ".join(f"{url} to {name} ({uuid})" for uuid, (name, url) in pools.items())
-            raise UserError(f"the devices are of different pools: {belong}")
-    [(uuid, (name, _))] = pools.items()
-    record = PoolRecord(check_name("pool", name), uuid, [absolute(url) for url in urls])
-    async with open_pool(record, read_only=True) as opened:
-        status = await Controller(opened.pool).call("pool.status")
-    _refuse_too_few(status)
+    with _told():
+        refuse_twice(urls)
+        found = [await _probe(url) for url in urls]
+    newest = max(found, key=lambda result: result.generation)
+    for url, result in zip(urls, found, strict=True):
+        if result.pool_uuid != newest.pool_uuid:
+            raise UserError(
+                f"{url} belongs to another pool ({result.pool_name}, {result.pool_uuid}) than the"
+                f" rest ({newest.pool_name}, {newest.pool_uuid}): leave it out"
+            )
+    name = check_name("pool", newest.pool_name)
+    record = PoolRecord(name, newest.pool_uuid, [absolute(url) for url in urls])
+    missing = _missing(newest.members, {result.device_uuid for result in found})
+    try:
+        async with open_pool(record, read_only=True) as opened:
+            status = await Controller(opened.pool).call("pool.status")
+    except UserError as error:
+        raise UserError("; ".join([str(error), *missing])) from None
+    if len(missing) > status["parity"]:
+        raise UserError("; ".join(["too few devices to serve the pool", *missing]))
     return record, status
+
+
+async def _probe(url: str) -> ProbeResult:
+    backend = await open_backend(url, writable=False)
+    try:
+        found = await probe(backend)
+    finally:
+        await backend.close()
+    if found is None:
+        raise UserError(f"{url} belongs to no pool: leave it out")
+    return found
+
+
+def _missing(members: Sequence[dict[str, Any]], here: set[str]) -> list[str]:
+    """What the pool counts on and is not here, a phrase each."""
+    return [
+        f"device {member['index']} is missing, last seen at {member['url']}"
+        for member in members
+        if member["state"] == "active" and member["uuid"] not in here
+    ]
 
 
 def refuse_twice(urls: Sequence[str]) -> None:
@@ -136,18 +158,6 @@ def _identities(url: str) -> list[object]:
     except OSError:
         return [path]
     return [path, (status.st_dev, status.st_ino)]
-
-
-def _refuse_too_few(status: dict[str, Any]) -> None:
-    """Raises `UserError` if a pool could be looked at but not be served (R20)."""
-    devices = status["devices"]
-    missing = [device for device in devices if device["state"] == "missing"]
-    if len(missing) > status["parity"]:
-        places = ", ".join(f"device {one['index']} last seen at {one['url']}" for one in missing)
-        raise UserError(
-            f"too few devices: {len(devices) - len(missing)} of {len(devices)} are here, at least"
-            f" {len(devices) - status['parity']} are needed; missing: {places}"
-        )
 
 
 async def _open(

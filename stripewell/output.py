@@ -44,7 +44,8 @@ def _journal(journal: dict[str, Any], *, served: bool) -> str:
     if not served:  # which replicas are in use is known to the daemon alone
         return format_size(journal["size_bytes"])
     used, size = format_size(journal["used_bytes"]), format_size(journal["size_bytes"])
-    return f"{used} of {size} used, {len(journal['replicas'])} of {journal['target_replicas']} replicas"
+    replicas = f"{len(journal['replicas'])} of {journal['target_replicas']} replicas"
+    return f"{used} of {size} used, {replicas}"
 
 
 def _devices(devices: list[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Served:
         return f"nbd://127.0.0.1:{self.port}/memory"
 
 
-def _serve(folder: Path, *flags: str) -> Iterator[Served]:
+def serve(folder: Path, *flags: str) -> Generator[Served, None, None]:
+    """Serve from the first `next` on; closing stops the server with SIGTERM."""
     path = folder / "nbd.sock"
     command = [sys.executable, "-m", "tests.interop.memory_server", "--tcp", *flags]
     command += ["--unix", str(path), "--size", str(SIZE)]
@@ -50,10 +51,10 @@ def _serve(folder: Path, *flags: str) -> Iterator[Served]:
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
     """A writable export: on either event loop, and with every request answered from a task."""
     flags = {"uvloop": [], "asyncio": ["--plain"], "slow": ["--slow"]}[request.param]
-    yield from _serve(tmp_path, *flags)
+    yield from serve(tmp_path, *flags)
 
 
 @pytest.fixture
 def frozen(tmp_path: Path) -> Iterator[Served]:
     """A read-only export."""
-    yield from _serve(tmp_path, "--read-only")
+    yield from serve(tmp_path, "--read-only")

@@ -6,11 +6,12 @@ import json
 import random
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.interop.conftest import SIZE, Served
+from tests.interop.conftest import SIZE, Served, serve
 
 
 def run(tool: str, *arguments: str | Path, folder: Path | None = None) -> str:
@@ -134,3 +135,26 @@ def test_fio_verifies(served: Served, tmp_path: Path) -> None:
     )
     assert "READ: bw=" in output
     assert "WRITE: bw=" in output
+
+
+def test_qemu_survives_a_restart_of_the_server(tmp_path: Path) -> None:
+    """SIGTERM in the middle of writes: QEMU reconnects to the next server and sees no error."""
+    qemu_io = shutil.which("qemu-io") or pytest.skip("qemu-io is not installed")
+    node = f"driver=nbd,server.type=unix,server.path={tmp_path}/nbd.sock,export=memory"
+    writes = [f"aio_write -P 7 {at}M 1M" for at in range(32)]
+    commands = [*writes, "sleep 300", *writes, "aio_flush", "read -P 7 0 32M", "flush"]
+    arguments = [part for command in commands for part in ("-c", command)]
+    first = serve(tmp_path, "--slow")
+    next(first)
+    options = ["--image-opts", f"{node},reconnect-delay=60"]
+    with subprocess.Popen(
+        [qemu_io, *options, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as client:
+        time.sleep(0.2)
+        first.close()
+        second = serve(tmp_path)
+        next(second)
+        output = client.communicate(timeout=60)[0]
+        second.close()
+    assert client.returncode == 0, output
+    assert "failed" not in output

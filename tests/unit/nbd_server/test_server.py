@@ -32,8 +32,8 @@ class World:
         self.server = Server(self.named.get, lambda: [self.volume], limits)
         self.clients: list[Client] = []
 
-    async def client(self, *, structured: bool = True) -> Client:
-        client = await Client.ready(self.path, structured=structured)
+    async def client(self, *, structured: bool = True, port: int | None = None) -> Client:
+        client = await Client.ready(port or self.path, structured=structured)
         self.clients.append(client)
         return client
 
@@ -224,17 +224,19 @@ async def test_a_dead_connection_writes_no_more(start: Start, length: int) -> No
     assert world.server.held_bytes == 0
 
 
-async def test_a_reconnecting_client_is_not_overtaken_by_its_ghost(start: Start) -> None:
+@pytest.mark.parametrize("tcp", [False, True])
+async def test_a_reconnecting_client_is_not_overtaken_by_its_ghost(start: Start, tcp: bool) -> None:
     """The old connection is not even being read, so that only the new one can notice (R8)."""
     world = await start(Limits(connection_requests=1))
+    port = await world.server.listen_tcp("127.0.0.1", 0) if tcp else None
     world.volume.slow = True
     world.volume.gate.clear()
-    ghost = await world.client()
+    ghost = await world.client(port=port)
     ghost.send(wire.write(1, 0, b"old"))
     await until(lambda: world.volume.waiting == 1)
     ghost.send(wire.write(2, 4096, b"old"))
     await ghost.close()
-    heir = await world.client()
+    heir = await world.client(port=port)
     await until(lambda: world.volume.waiting == 0)
     world.volume.gate.set()
     assert await heir.ask(wire.WRITE, 1, offset=0, length=3, payload=b"new") == wire.Answer(1)
@@ -257,6 +259,20 @@ async def test_a_client_that_does_not_receive_is_not_read_from(start: Start) -> 
     for cookie in range(200):
         answer = await greedy.answer()
         assert (answer.cookie, len(answer.data)) == (cookie, MIB)
+
+
+async def test_a_flood_of_lists_is_answered_as_far_as_it_is_received(start: Start) -> None:
+    world = await start()
+    world.volume.description = "d" * 4096
+    client = await world.raw()
+    await client.greet()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send(wire.option(wire.LIST) * 5000)
+    await asyncio.sleep(0.1)
+    assert world.server.held_bytes < 64 << 10
+    client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    kinds = [(await client.option_reply())[1] for _ in range(10_000)]
+    assert kinds == [wire.SERVER, wire.ACK] * 5000
 
 
 async def test_in_flight_bytes_of_a_connection_are_bounded(start: Start) -> None:

@@ -155,13 +155,16 @@ class Client:
         self.reads: dict[int, int] = {}
 
     @classmethod
-    async def connect(cls, path: str) -> Client:
-        return cls(*await asyncio.open_unix_connection(path, limit=1 << 26))
+    async def connect(cls, where: str | int) -> Client:
+        """To the unix socket at a path, or to a TCP port of this machine."""
+        if isinstance(where, int):
+            return cls(*await asyncio.open_connection("127.0.0.1", where, limit=1 << 26))
+        return cls(*await asyncio.open_unix_connection(where, limit=1 << 26))
 
     @classmethod
-    async def ready(cls, path: str, name: str = "vol", *, structured: bool = True) -> Client:
+    async def ready(cls, where: str | int, name: str = "vol", *, structured: bool = True) -> Client:
         """Connected, negotiated and in the transmission phase."""
-        client = await cls.connect(path)
+        client = await cls.connect(where)
         await client.greet()
         if structured:
             client.send(option(STRUCTURED) + option(SET_META, meta(name, "base:allocation")))

@@ -64,6 +64,8 @@ def status(**changes: object) -> dict[str, Any]:
         "journal": True,
         "labels": {},
         "errors": 0,
+        "repaired": 2,
+        "written_bytes": 8192,
         "reason": "",
     }
     missing = {"index": 1, "state": "missing", "url": "file:///b", "journal": False, "errors": 3}
@@ -89,6 +91,6 @@ def status(**changes: object) -> dict[str, Any]:
         "volumes": 1,
         "problems": ["device 1 is missing"],
         "served": True,
-        "counters": {"journal_bytes": 4096, "stripes_written": 4},
+        "counters": {"journal_bytes": 4096, "stripes_written": 4, "member_0_bytes": 8192},
         **changes,
     }

@@ -45,6 +45,9 @@ def test_one_state_is_set(samples: Samples) -> None:
 def test_devices(samples: Samples) -> None:
     assert value(samples, "device_size_bytes", device="0") == 1 << 30
     assert value(samples, "device_errors_total", device="1") == 3
+    assert value(samples, "device_written_bytes_total", device="0") == 8192
+    assert value(samples, "device_repaired_total", device="0") == 2
+    assert not any("member" in name for name, _ in samples)
 
 
 def test_counters_end_in_total(samples: Samples) -> None:

@@ -1,0 +1,178 @@
+"""What clients do in the simulation: two fixed workloads for the enumeration, and the life around them.
+
+`brief` is as short as two laps of a 16-block journal allow, `eventful` goes through everything that
+happens rarely: the collector racing overwrites, trims and deletes whose space is used again, a device
+that dies. `crash_at` runs one of them up to the Nth device operation, and judges what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from random import Random
+
+from backends.fault_script import OPERATIONS, Rule, Vanish
+
+from .devices import Crash
+from .loop import run
+from .oracle import Violation
+from .world import BLOCK_SECTORS, SMALL, WIDE, Client, Rig, Shape
+
+Scenario = Callable[[Rig, Client], Awaitable[None]]
+#: Crashes inside recovery before it is left alone.
+RECOVERY_CRASHES = 2
+SETTLE_WRITES = 12
+
+
+async def brief(rig: Rig, client: Client) -> None:
+    """Two laps of the smallest journal, a checkpoint, a trim, and one volume deleted for another."""
+    rng = rig.world.rng
+    await client.create("a", 256 << 10)
+    await client.create("b", 64 << 10)
+    for i in range(8):
+        await client.write("b", i * 16, 11)
+    await client.flush("b")
+    for i in range(24):
+        await client.write("a", rng.randrange(48) * BLOCK_SECTORS, BLOCK_SECTORS)
+        if i % 6 == 5:
+            await client.flush("a")
+    await client.zero("a", 64, 128)
+    await client.delete("b")
+    await client.pool.checkpoint()
+    for i in range(16):
+        await client.write("a", rng.randrange(480), rng.choice((3, 8, 24)))
+        if i % 5 == 4:
+            await client.flush("a")
+        await client.read("a", rng.randrange(256), 100)
+
+
+async def eventful(rig: Rig, client: Client) -> None:
+    """Everything that happens rarely; see `RARE`."""
+    await client.create("a", 640 << 10)
+    await client.create("b", 256 << 10)
+    for first in range(0, 1280, 40):
+        await client.write("a", first, 40)
+    for first in range(0, 512, 32):
+        await client.write("b", first, 32)
+    await client.flush("a")
+    await client.zero("a", 320, 160)
+    await client.zero("b", 0, 128, no_hole=True)
+    await together(rig, client, 30)
+    await client.delete("b")
+    await client.pool.checkpoint()
+    await together(rig, client, 20)
+    rig.unlucky = {"d1"}
+    rig.devices["d1"].script.add(Rule(OPERATIONS, Vanish(), nth=5))
+    await together(rig, client, 30)
+    await client.flush("a")
+
+
+async def together(rig: Rig, client: Client, count: int) -> None:
+    """Two writers and a reader at the same time on volume `a`, with flushes in between."""
+
+    async def writer(number: int) -> None:
+        rng = Random(f"{rig.seed} {number} {count}")
+        for i in range(count):
+            block = rng.randrange(150)
+            sectors = rng.choice((BLOCK_SECTORS, BLOCK_SECTORS, 2 * BLOCK_SECTORS, 5, 64))
+            await client.write("a", block * BLOCK_SECTORS + (sectors == 5), sectors)
+            if i % 8 == 7:
+                await client.flush("a")
+
+    async def reader() -> None:
+        rng = Random(f"{rig.seed} reader {count}")
+        for _ in range(count):
+            await client.read("a", rng.randrange(1100), 64)
+            await asyncio.sleep(rig.latency)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(2):
+            group.create_task(writer(number))
+        group.create_task(reader())
+
+
+#: Names of the fixed workloads, for commands.
+SCENARIOS: dict[str, tuple[Scenario, Shape]] = {"brief": (brief, SMALL), "eventful": (eventful, WIDE)}
+
+
+def crash_at(name: str, nth: int) -> tuple[Counter[str], bool]:
+    """Run a workload up to its `nth` device operation, crash, and judge. Returns the events, and
+    whether the workload ended before. Raises Violation, naming the case."""
+    try:
+        return run(_crash_at(name, nth))
+    except BaseException as error:
+        error.add_note(f"to repeat: make sim CRASH={name}:{nth}")
+        raise
+
+
+async def _crash_at(name: str, nth: int) -> tuple[Counter[str], bool]:
+    scenario, shape = SCENARIOS[name]
+    rig = Rig(7, shape)
+    await rig.create()
+    rig.world.crash_at = rig.world.operations + nth
+    rig.world.crash_after = nth % 2 == 1
+    completed = True
+
+    async def life() -> None:
+        await scenario(rig, await rig.open())
+
+    try:
+        await rig.world.run(life())
+    except Crash:
+        completed = False
+    # The workload is the same up to the crash; what follows is drawn anew for each.
+    rig.world.rng.seed(nth)
+    await die_and_recover(rig, power=nth % 3 != 0)
+    await aftermath(rig)
+    return rig.events, completed
+
+
+async def die_and_recover(rig: Rig, *, power: bool) -> None:
+    """End this life; recover, crashing inside recovery some times first; judge."""
+    rng = rig.world.rng
+    fate = rng.choice((None, None, None, "lost", "torn", "kept"))
+    for _ in range(RECOVERY_CRASHES):
+        rig.end_life(power=power, fate=fate, crash_at=rng.randrange(1, 160))
+        try:
+            await rig.world.run(_recovered(rig))
+            rig.world.crash_at = None
+            return
+        except Crash:
+            rig.events["crashes_in_recovery"] += 1
+    rig.end_life(power=power, fate=fate)
+    await rig.world.run(_recovered(rig))
+
+
+async def _recovered(rig: Rig) -> None:
+    client = await rig.open()
+    rig.events["recoveries"] += 1
+    # From here on the crash of this life may come while the result is being judged.
+    await rig.verify(client)
+
+
+async def aftermath(rig: Rig) -> None:
+    """Devices that vanished return; work goes on; power fails once more; the end is clean."""
+    for name in rig.world.images:
+        rig.world.scripts[name].clear()
+    await die_and_recover(rig, power=True)
+    client = rig.client
+    assert client is not None
+    await rig.world.run(_work_on(rig, client))
+    await die_and_recover(rig, power=True)
+    assert rig.client is not None
+    await rig.world.run(rig.client.pool.close())
+    rig.end_life(power=False)
+    await rig.world.run(_recovered(rig))
+    if rig.events["lost_unflushed"] < 0:
+        raise Violation("impossible")
+
+
+async def _work_on(rig: Rig, client: Client) -> None:
+    rng = rig.world.rng
+    names = [info.name for info in client.pool.volumes()]
+    for name in names:
+        for _ in range(SETTLE_WRITES):
+            block = rng.randrange(client.pool.volume(name).size >> 12)
+            await client.write(name, block * BLOCK_SECTORS, BLOCK_SECTORS)
+        await client.flush(name)
