@@ -18,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from . import transfer
-from .base import Buffer, DeviceError
+from .base import BLOCK_SIZE, Buffer, DeviceError
 from .failures import check_buffers, check_range, gone, read_only, translate
 from .settle import to_the_end
 
 T = TypeVar("T")
 
 _CLOSED = -1
+_UNALIGNED = BLOCK_SIZE - 1
 
 
 class DescriptorDevice:
@@ -70,7 +71,8 @@ class DescriptorDevice:
 
     def try_read(self, offset: int, into: memoryview) -> bool:
         length = len(into)
-        check_range(self._url, self._size, offset, length)
+        if offset < 0 or offset + length > self._size or (offset | length) & _UNALIGNED:
+            check_range(self._url, self._size, offset, length)
         try:
             # Short means that the rest is not cached; at a true end the blocking read will tell.
             return os.preadv(self._fd, [into], offset, os.RWF_NOWAIT) == length

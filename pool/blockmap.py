@@ -63,6 +63,12 @@ class Leaf:
             return self.locations[at], self.crcs[at]
         return HOLE, 0
 
+    def holds(self, block: int, location: int) -> bool:
+        """Whether a block is mapped to `location`."""
+        if self.index is None:
+            return self.locations[block] == location
+        return self.get(block)[0] == location
+
     def set(self, block: int, location: int, crc: int) -> int:
         """Map a block (or unmap it with HOLE); returns the old location. Does not mark dirty."""
         index = self.index

@@ -20,18 +20,14 @@ async def destage(moving: Moving, stripes: int, *, force: bool) -> int:
     blocks: list[LiveBlock] = []
     while state.fifo and len(blocks) < stripes * room and len(taken) < stripes * room * 4:
         extent = state.fifo[0]
-        leaves = {
-            (extent[1], number)
-            for number in range(
-                extent[2] >> LEAF_SHIFT, ((extent[2] + extent[3] - 1) >> LEAF_SHIFT) + 1
-            )
-        }
-        if await moving.loader.ensure(leaves):
-            continue
         live = live_blocks(moving, extent)
+        if live is None:
+            numbers = _leaves(extent)
+            await moving.loader.ensure((extent[1], number) for number in numbers)
+            continue
         if len(blocks) + len(live) > stripes * room and blocks:
             break
-        # It stays at the front until it is moved: the checkpoint must see it.
+        # What is taken is put back unless it was moved: the checkpoint must see it.
         taken.append(state.fifo.popleft())
         blocks += live
     keep = 0 if force else len(blocks) % room
@@ -49,25 +45,32 @@ async def destage(moving: Moving, stripes: int, *, force: bool) -> int:
     return len(moved)
 
 
-def live_blocks(moving: Moving, extent: JournalExtent) -> list[LiveBlock]:
-    """The blocks of an extent that the map still finds in the journal. Its leaves are resident."""
+def _leaves(extent: JournalExtent) -> range:
+    """Numbers of the leaves under an extent."""
+    return range(extent[2] >> LEAF_SHIFT, ((extent[2] + extent[3] - 1) >> LEAF_SHIFT) + 1)
+
+
+def live_blocks(moving: Moving, extent: JournalExtent) -> list[LiveBlock] | None:
+    """The blocks of an extent that the map still finds in the journal; None if a leaf that it needs
+    is paged out."""
     position, layer, first, count, version = extent
     layer_map = moving.state.maps.get(layer)
     if layer_map is None:
         return []
     live = []
-    leaf = None
-    number = -1
-    for i in range(count):
-        block = first + i
+    location = JOURNAL | position
+    leaf, number = None, -1
+    for block in range(first, first + count):
         if block >> LEAF_SHIFT != number:
             number = block >> LEAF_SHIFT
             leaf = layer_map.leaves.get(number)
-        if leaf is None:
-            continue
-        location, crc = leaf.get(block & LEAF_MASK)
-        if location == JOURNAL | (position + i):
-            live.append(LiveBlock(layer, block, location, crc, version))
+            if leaf is None and number in layer_map.pointers:
+                return None
+        if leaf is not None:
+            found, crc = leaf.get(block & LEAF_MASK)
+            if found == location:
+                live.append(LiveBlock(layer, block, location, crc, version))
+        location += 1
     return live
 
 

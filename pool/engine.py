@@ -62,8 +62,8 @@ class Engine:
     # -- data path: no await, atomic ---------------------------------------------------------
 
     def commit(self) -> None:
-        """Append what is staged and make it visible. Raises PoolStopped; then it never happened, and
-        nothing is taken any more: whoever staged with it must not be answered by a later commit."""
+        """Append what is staged and make it visible. Raises PoolStopped; then it never happened,
+        and nothing is taken any more: who staged with it must not be answered by a later commit."""
         state, journal = self.state, self.state.journal
         state.reserved = 0
         if state.stopped:

@@ -134,7 +134,7 @@ class Maintenance:
         """What there is to decide on."""
         state, journal = self._state, self._state.journal
         state.settle()
-        # As a checkpoint would see it: it releases whole records, up to the oldest with a live block,
+        # As a checkpoint sees it: it releases whole records, up to the oldest with a live block,
         # and what it released counts at once, even while a reader still pins the space.
         unpacked = journal.head - journal.start_of(state.fifo[0][0]) if state.fifo else 0
         dirty = journal.head != self._clean_head

@@ -54,6 +54,12 @@ class InlineMover:
     async def remove_member(self, index: int) -> None:
         self._members.pop(index, None)
 
+    async def release_member(self, index: int) -> None:
+        """Forget a member whose backend belongs to this process alone, and with it the lock."""
+        target = self._members.pop(index, None)
+        if target is not None:
+            await target.backend.close()
+
     async def run(self, job: Job) -> Outcome:
         return await run(job, self._members)
 

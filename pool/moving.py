@@ -212,10 +212,12 @@ async def _switch(moving: Moving, row: Stripe, part: list[LiveBlock]) -> int:
         layer_map = state.maps.get(block.layer)
         if layer_map is None:
             continue
-        leaf = layer_map.leaves.get(block.block >> LEAF_SHIFT)
-        if leaf is None or leaf.get(block.block & LEAF_MASK)[0] != block.location:
+        number = block.block >> LEAF_SHIFT
+        leaf = layer_map.leaves.get(number)
+        if leaf is None or not leaf.holds(block.block & LEAF_MASK, block.location):
             continue
-        leaf = layer_map.touch(block.block >> LEAF_SHIFT)
+        if not leaf.dirty:
+            layer_map.touch(number)
         shard, at = divmod(i, per_shard)
         leaf.set(block.block & LEAF_MASK, in_stripe(row.id, shard, at), block.crc)
         if block.location >> TAG_SHIFT != TAG_JOURNAL:

@@ -183,7 +183,7 @@ class Pool:
 
     def status(self) -> dict[str, Any]:
         """What `pool status --json` prints."""
-        return describe(self._state, volumes=len(self._volumes), read_only=self._read_only)
+        return describe(self._state, volumes=len(self._volumes))
 
     async def check(self, progress: Progress | None = None) -> list[str]:
         """Verify everything against everything; returns one line per fault."""

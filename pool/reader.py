@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 
 from crc32c import crc32c
 
@@ -23,6 +24,8 @@ from pool.format.location import (
     POSITION_MASK,
     SHARD_MASK,
     SHARD_SHIFT,
+    STRIPE_MASK,
+    STRIPE_SHIFT,
     TAG_JOURNAL,
     TAG_SHIFT,
     stripe_of,
@@ -60,15 +63,13 @@ class Reader:
             for replica in journal.sources(position):
                 return self._try_journal(replica.offset, position, replica.device, into)
             return False
-        header, places = state.locate(stripe_of(location))
-        shards, slot = places[location >> SHARD_SHIFT & SHARD_MASK]
-        if shards is None:
+        stripe = location >> STRIPE_SHIFT & STRIPE_MASK
+        places = state.located.get(stripe) or state.locate(stripe)
+        fast = places[location >> SHARD_SHIFT & SHARD_MASK]
+        if fast is None:
             return False
-        offset = header + (location & BLOCK_MASK) * BLOCK_SIZE
         try:
-            return shards.try_read(
-                stripe_of(location), location >> SHARD_SHIFT & SHARD_MASK, slot, offset, into
-            )
+            return fast[0](fast[1] + (location & BLOCK_MASK) * BLOCK_SIZE, into)
         except DeviceError:
             return False
 
@@ -315,14 +316,10 @@ class Reader:
 
     async def _quick(self, row: Stripe, shard: int, block: int, count: int) -> bytes | None:
         """Blocks of a shard from the page cache if possible."""
-        header, places = self._state.locate(row.id)
-        shards, slot = places[shard]
-        if shards is None:
-            return None
-        into = bytearray(count * BLOCK_SIZE)
-        try:
-            if shards.try_read(row.id, shard, slot, header + block * BLOCK_SIZE, memoryview(into)):
-                return bytes(into)
-        except DeviceError:
-            pass
+        fast = self._state.locate(row.id)[shard]
+        if fast is not None:
+            into = bytearray(count * BLOCK_SIZE)
+            with suppress(DeviceError):
+                if fast[0](fast[1] + block * BLOCK_SIZE, memoryview(into)):
+                    return bytes(into)
         return await self._shard_blocks(row, shard, block, count)

@@ -7,11 +7,14 @@ in the worker process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from backends.base import BLOCK_SIZE, Buffer, Device, ObjectStore
 from pool.format.geometry import Layout
+
+#: (reads into a buffer at a byte offset, or says False; byte offset of the shard)
+FastRead = tuple[Callable[[int, memoryview], bool], int]
 
 
 class Shards(Protocol):
@@ -26,6 +29,9 @@ class Shards(Protocol):
     def try_read(
         self, stripe: int, shard: int, slot: int, offset: int, into: memoryview
     ) -> bool: ...
+
+    def fast(self, slot: int) -> FastRead | None:
+        """How to read the shard in a slot without waiting, and where its header begins."""
 
     async def repair(
         self, stripe: int, shard: int, slot: int, offset: int, data: Buffer
@@ -51,6 +57,9 @@ class SlotShards:
 
     def try_read(self, stripe: int, shard: int, slot: int, offset: int, into: memoryview) -> bool:
         return self.device.try_read(self._start + slot * self._bytes + offset, into)
+
+    def fast(self, slot: int) -> FastRead | None:
+        return self.device.try_read, self._start + slot * self._bytes
 
     async def repair(self, stripe: int, shard: int, slot: int, offset: int, data: Buffer) -> None:
         """Put right bytes in the place of wrong ones."""
@@ -80,6 +89,9 @@ class ObjectShards:
 
     def try_read(self, stripe: int, shard: int, slot: int, offset: int, into: memoryview) -> bool:
         return False
+
+    def fast(self, slot: int) -> FastRead | None:
+        return None
 
     async def repair(self, stripe: int, shard: int, slot: int, offset: int, data: Buffer) -> None:
         """An object cannot be changed in place: its size is found by reading, then it is put

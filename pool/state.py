@@ -25,7 +25,7 @@ from pool.journal import Journal
 from pool.member import Member
 from pool.mover import Mover
 from pool.placement import Candidate, NoSpace, capacity, choose, width
-from pool.shards import Shards
+from pool.shards import FastRead
 from pool.table import NOWHERE, Stripe, StripeTable
 
 #: Stripe ids reserved by each root; ids below the limit may have been used (R1).
@@ -34,13 +34,15 @@ STRIPE_WINDOW = 1 << 16
 FILL = 0.88
 #: Stripes kept for the collector and the checkpoint whatever else is asked for.
 RESERVE_STRIPES = 8
+#: Stripes whose places are kept at hand for reading.
+LOCATED_MAX = 1 << 16
 #: Bytes of map leaves kept in memory.
 LEAF_BUDGET = 96 << 20
 
 #: (position, layer, block, count, version) of an extent whose blocks may live in the journal.
 JournalExtent = tuple[int, int, int, int, int]
-#: Where the shards of a stripe are: header bytes, and per shard (shards of the member, slot).
-Located = tuple[int, list[tuple[Shards | None, int]]]
+#: Per shard of a stripe: how to read it without waiting, and the byte offset of its first block.
+Located = list[FastRead | None]
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class State:
     #: Why the pool takes no writes; empty while it does.
     stopped: str = ""
     _journal: Journal | None = None
-    _located: dict[int, Located] = field(default_factory=dict)
+    located: dict[int, Located] = field(default_factory=dict)
 
     @property
     def journal(self) -> Journal:
@@ -121,22 +123,27 @@ class State:
         return anchor if anchor is not None else self.table.get(stripe)
 
     def locate(self, stripe: int) -> Located:
-        """Header size and shard places of a stripe, cached. Raises KeyError."""
-        found = self._located.get(stripe)
+        """How to read the shards of a stripe without waiting, cached. Raises KeyError."""
+        found = self.located.get(stripe)
         if found is None:
-            if len(self._located) >= 1 << 16:
-                self._located.clear()
+            if len(self.located) >= LOCATED_MAX:
+                self.located.clear()
             row = self.row(stripe)
-            places = []
-            for device, slot in row.places:
-                member = self.members.get(device) if device != NOWHERE else None
-                places.append((member.shards if member and member.present else None, slot))
-            found = self._located[stripe] = (row.shape.header_bytes, places)
+            found = self.located[stripe] = [
+                self._fast(device, slot, row.shape.header_bytes) for device, slot in row.places
+            ]
         return found
+
+    def _fast(self, device: int, slot: int, header: int) -> FastRead | None:
+        member = self.members.get(device) if device != NOWHERE else None
+        if member is None or not member.present or member.shards is None:
+            return None
+        fast = member.shards.fast(slot)
+        return None if fast is None else (fast[0], fast[1] + header)
 
     def forget_places(self) -> None:
         """The members changed: nothing cached about shards is true any more."""
-        self._located.clear()
+        self.located.clear()
 
     # -- accounting --------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pool.state import State
 from pool.table import NOWHERE
 
 
-def describe(state: State, *, volumes: int, read_only: bool) -> dict[str, Any]:
+def describe(state: State, *, volumes: int) -> dict[str, Any]:
     """A JSON-able picture of the pool; sizes in bytes."""
     journal = state._journal
     degraded, narrow = _stripe_health(state)
@@ -23,7 +23,7 @@ def describe(state: State, *, volumes: int, read_only: bool) -> dict[str, Any]:
     return {
         "name": state.name,
         "uuid": state.uuid.hex(),
-        "state": _state(state, degraded, problems, read_only),
+        "state": _state(state, degraded, problems),
         "data": state.data,
         "parity": state.parity,
         "generation": state.generation,
@@ -76,8 +76,8 @@ def _problems(state: State, read_only: bool) -> list[str]:
     return found
 
 
-def _state(state: State, degraded: int, problems: list[str], read_only: bool) -> str:
-    if read_only or state.stopped:
+def _state(state: State, degraded: int, problems: list[str]) -> str:
+    if state.stopped:
         return "read-only"
     if state.used >= state.limit:
         return "full"

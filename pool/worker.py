@@ -8,6 +8,7 @@ parent's locks, so that a successor waits until it has gone (R22).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import pickle
@@ -32,7 +33,8 @@ def main() -> None:
     # The parent ends the worker by closing the socket, after the last job.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=fd)
-    asyncio.run(_serve(connection))
+    with contextlib.suppress(ConnectionError):
+        asyncio.run(_serve(connection))
 
 
 async def _serve(connection: socket.socket) -> None:
@@ -69,7 +71,7 @@ async def _answer(mover: InlineMover, request: tuple[Any, ...], fds: list[int]) 
             await mover.add_member(index, attach(spec, fds), layout)
             return None
         case ("remove", index):
-            await mover.remove_member(index)
+            await mover.release_member(index)
             return None
         case ("run", job):
             return await mover.run(job)

@@ -62,10 +62,7 @@ class Controller:
             raise UserError(one_line(error)) from error
 
     async def _status(self, args: Arguments, progress: Progress) -> dict[str, Any]:
-        status = self._pool.status() | {"served": self._endpoints is not None}
-        if not status["served"] and status["state"] == "read-only":
-            status["state"] = _health(status)
-        return status
+        return self._pool.status() | {"served": self._endpoints is not None}
 
     async def _check(self, args: Arguments, progress: Progress) -> list[str]:
         return await self._pool.check(progress)
@@ -96,11 +93,3 @@ class Controller:
         name = check_name("volume", args["name"])
         await self._pool.delete_volume(name)
         self._dropped(name)
-
-
-def _health(status: dict[str, Any]) -> str:
-    """State of a pool that is open for reading only because somebody wants to look at it."""
-    if status["capacity_bytes"] and not status["free_bytes"]:
-        return "full"
-    away = any(device["state"] != "active" for device in status["devices"])
-    return "degraded" if away or status["stripes"]["degraded"] else "healthy"

@@ -1,9 +1,9 @@
 """Makes golden pool images: `python -m tests.vectors.make DIRECTORY`.
 
-The images stored here were made once, by the first code that wrote revision 1, and stay as they are:
-today's code must read them (`test_vectors.py`). A new revision gets new images beside the old ones;
-this script refuses to replace any. Everything is seeded and runs in virtual time, so the same code
-makes the same bytes.
+The images stored here were made once, by the first code that wrote revision 1, and stay as they
+are: today's code must read them (`test_vectors.py`). A new revision gets new images beside the old
+ones; this script refuses to replace any. Everything is seeded and runs in virtual time, so the
+same code makes the same bytes.
 
 Each image is what a crash right after a flush leaves: a checkpoint, and a journal that goes on.
 """
@@ -126,7 +126,7 @@ async def fill(volume: Volume, tag: str, first: int, count: int) -> None:
 
 
 async def small(shop: Workshop) -> Pool:
-    """Both forms of leaves, holes, provisioned zeros, overwrites, a deleted volume, a live journal."""
+    """Both forms of leaves, holes, provisioned zeros, a deleted volume, a live journal."""
     pool = await shop.open()
     for name, size in (("alpha", 8 * MIB), ("beta", 4 * MIB), ("gone", MIB)):
         await pool.create_volume(name, size)

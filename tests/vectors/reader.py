@@ -1,8 +1,8 @@
 """Reads a volume out of device images with `docs/format.md` in one hand and nothing else.
 
-Written from the document, not from the code: no import of the engine, structures spelt out anew, the
-slowest and plainest way everywhere. It proves that the document is enough (P8). Section names in the
-comments are the document's. All of a pool is held in memory; call `read_pool`.
+Written from the document, not from the code: no import of the engine, structures spelt out anew,
+the slowest and plainest way everywhere. It proves that the document is enough (P8). Section names
+in the comments are the document's. All of a pool is held in memory.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class Reader:
         else:
             at = member["slots_offset"] + slot * member["slot_blocks"] * BLOCK
             whole = image[at : at + size]
-        head, data = bytearray(whole[: row.header_blocks * BLOCK]), whole[row.header_blocks * BLOCK :]
+        behind = row.header_blocks * BLOCK
+        head, data = bytearray(whole[:behind]), whole[behind:]
         crc = struct.unpack_from("<I", head, 8)[0]
         head[8:12] = bytes(4)
         if head[:8] != b"SWSTRIPE" or crc32c(head) != crc:
@@ -228,7 +229,9 @@ class Reader:
         return next(data for data in self._copies(position) if crc32c(data) == crc)
 
     def _replay(self) -> None:
-        position, version, previous = (self.stream[key] for key in ("replay", "version", "previous"))
+        position, version, previous = (
+            self.stream[key] for key in ("replay", "version", "previous")
+        )
         group: list[bytes] = []
         while True:
             found = self._record(position, version, previous)
@@ -245,7 +248,7 @@ class Reader:
     def _record(
         self, position: int, version: int, previous: int
     ) -> tuple[int, int, int, int, bytes] | None:
-        """(checksum, flags, payload blocks, version, header) of the record that continues the chain."""
+        """(checksum, flags, payload blocks, version, header) of the record that comes next."""
         for data in self._copies(position):
             if data[:8] != b"SWJOURNL":
                 continue

@@ -1,4 +1,4 @@
-"""Golden images of revision 1: today's code reads them, and so does a reader made from the document."""
+"""Golden images of revision 1: today's code reads them, and so does one made from the document."""
 
 from __future__ import annotations
 
