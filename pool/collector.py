@@ -6,11 +6,13 @@ checkpoint pages are emptied by making their pages dirty: the next checkpoint wr
 
 from __future__ import annotations
 
+import numpy as np
+
 from backends.base import BLOCK_SIZE
-from pool.blockmap import LEAF_MASK, LEAF_SHIFT
+from pool.columns import Columns, find
 from pool.errors import DataLost
-from pool.format.location import in_stripe
-from pool.moving import LiveBlock, Moving, move
+from pool.format.location import SHARD_SHIFT, in_stripe
+from pool.moving import Moving, move
 from pool.state import State
 from pool.table import DATA, META
 
@@ -26,35 +28,32 @@ async def collect(moving: Moving, stripes: int) -> int:
     state = moving.state
     state.settle()
     room = state.shape().blocks
-    blocks: list[LiveBlock] = []
+    parts: list[Columns] = []
     victims: list[int] = []
+    count = 0
     for stripe in state.table.emptiest(stripes * 8 + len(moving.stuck), DATA, WORTH):
         if stripe in moving.stuck:
             continue
-        live = state.table.live_of(stripe)
-        if victims and len(blocks) + live > stripes * room:
+        if victims and count + state.table.live_of(stripe) > stripes * room:
             break
         found = await _live_blocks(moving, stripe)
         if found is not None:
-            blocks += found
+            parts.append(found)
             victims.append(stripe)
-    if not blocks:
+            count += len(found)
+    # A move that fills as many stripes as it empties gains nothing.
+    if not count or -(-count // room) >= len(victims):
         return 0
-    if len(blocks) / room > 0.98 * len(victims):
-        # It would use as many stripes as it empties.
-        return 0
-    overtaken = state.counters["overtaken_blocks"]
     try:
-        await move(moving, blocks)
+        await move(moving, Columns.join(parts))
     except DataLost:
         moving.stuck.update(victims)
         raise
     state.counters["collected_stripes"] += len(victims)
-    state.counters["collector_overtaken"] += state.counters["overtaken_blocks"] - overtaken
     return len(victims)
 
 
-async def _live_blocks(moving: Moving, stripe: int) -> list[LiveBlock] | None:
+async def _live_blocks(moving: Moving, stripe: int) -> Columns | None:
     """The blocks of a stripe that the map still finds there, or None if it cannot be read."""
     state = moving.state
     try:
@@ -62,30 +61,28 @@ async def _live_blocks(moving: Moving, stripe: int) -> list[LiveBlock] | None:
     except DataLost:
         moving.stuck.add(stripe)
         return None
-    contents = header.contents
-    rows = list(
-        zip(
-            contents.layers[: header.used].tolist(),
-            contents.blocks[: header.used].tolist(),
-            contents.versions[: header.used].tolist(),
-            strict=True,
-        )
+    used, contents = header.used, header.contents
+    shards, within = np.divmod(np.arange(used, dtype=np.uint64), header.shape.shard_blocks)
+    locations = np.uint64(in_stripe(stripe, 0, 0)) | shards << np.uint64(SHARD_SHIFT) | within
+    blocks = Columns(
+        contents.layers[:used],
+        contents.blocks[:used],
+        locations,
+        contents.crcs[:used].copy(),
+        contents.versions[:used],
     )
-    needed = {(layer, block >> LEAF_SHIFT) for layer, block, _ in rows}
-    while await moving.loader.ensure(needed):
+    stretches = list(blocks.leaves())
+    while await moving.loader.ensure({(layer, number) for layer, number, _, _ in stretches}):
         pass
-    live = []
-    per_shard = header.shape.shard_blocks
-    for i, (layer, block, version) in enumerate(rows):
+    live = np.zeros(used, np.bool_)
+    for layer, number, start, stop in stretches:
         layer_map = state.maps.get(layer)
-        leaf = layer_map.leaves.get(block >> LEAF_SHIFT) if layer_map is not None else None
-        if leaf is None:
-            continue
-        location, crc = leaf.get(block & LEAF_MASK)
-        shard, at = divmod(i, per_shard)
-        if location == in_stripe(stripe, shard, at):
-            live.append(LiveBlock(layer, block, location, crc, version))
-    return live
+        leaf = layer_map.leaves.get(number) if layer_map is not None else None
+        if leaf is not None:
+            found, crcs = find(leaf, blocks.blocks[start:stop])
+            live[start:stop] = found == locations[start:stop]
+            blocks.crcs[start:stop] = crcs
+    return blocks[np.flatnonzero(live)]
 
 
 async def collect_meta(moving: Moving, stripes: int) -> int:

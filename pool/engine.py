@@ -71,7 +71,7 @@ class Engine:
         try:
             committed = journal.commit()
         except PoolStopped as error:
-            state.stopped = str(error)
+            state.stop(str(error))
             raise
         apply(state, committed, self._catalog_change)
         if journal.head >= self._kick_at:

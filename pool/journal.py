@@ -19,6 +19,7 @@ Called by the engine, in the event loop. `stage`, `commit` and `room` contain no
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ class Journal:
         self.tail = tail
         self.version = version
         self.previous = previous
-        self.starts: deque[int] = deque()
+        #: Positions of the records from the tail on, ascending.
+        self.starts: list[int] = []
         self._on_failure = on_failure
         self._ring_blocks = min(size, RING_BYTES // BLOCK_SIZE)
         self._ring = memoryview(bytearray(self._ring_blocks * BLOCK_SIZE))
@@ -124,7 +126,8 @@ class Journal:
         self._waiters: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
-        self._closed = False
+        #: Why nobody may wait any more; empty while the journal runs.
+        self._stopped = ""
         self.appends = 0
         for replica in replicas:
             self._start(replica)
@@ -165,7 +168,9 @@ class Journal:
         return bool(self._records)
 
     async def wait_room(self) -> None:
-        """Return after the next step of a replica or of the tail."""
+        """Return after the next step of a replica or of the tail. Raises PoolStopped."""
+        if self._stopped:
+            raise PoolStopped(self._stopped)
         self._kick(0)
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
@@ -373,8 +378,8 @@ class Journal:
         if self.durable >= target:
             waiter.set_result(None)
             return waiter
-        if self._closed:
-            waiter.set_exception(PoolStopped("the pool is closed"))
+        if self._stopped:
+            waiter.set_exception(PoolStopped(self._stopped))
             return waiter
         self._flushes.append((target, waiter))
         self._kick(target)
@@ -512,35 +517,34 @@ class Journal:
         """The committed root needs nothing below `tail` any more (R21)."""
         assert self.tail <= tail <= self.head
         self.tail = tail
-        starts = self.starts
-        while starts and starts[0] < tail:
-            starts.popleft()
+        del self.starts[: bisect_left(self.starts, tail)]
         self._progress()
 
     def start_of(self, position: int) -> int:
         """The start of the record that holds a position not below the tail."""
-        best = self.tail
-        for start in self.starts:
-            if start > position:
-                break
-            best = start
-        return best
+        at = bisect_right(self.starts, position)
+        return self.starts[at - 1] if at else self.tail
 
     async def close(self) -> None:
         """Stop all tasks. What is not synced stays so; whoever needs it flushes before."""
-        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         tasks = [r.task for r in (*self.replicas, *self.joining) if r.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for _, waiter in self._flushes:
+        self.stop("the pool is closed")
+
+    def stop(self, why: str) -> None:
+        """Let nobody wait for what will not come: flushes and writers get PoolStopped, now and later.
+        Replicas go on with what they have."""
+        self._stopped = self._stopped or why
+        waiters = [*(waiter for _, waiter in self._flushes), *self._waiters]
+        self._flushes.clear()
+        self._waiters.clear()
+        for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(PoolStopped("the pool is closed"))
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(PoolStopped("the pool is closed"))
+                waiter.set_exception(PoolStopped(self._stopped))
 
 
 class _overdue:

@@ -27,6 +27,8 @@ STEP_STRIPES = 8
 DROP_LEAVES = 256
 #: A checkpoint is written at least this often while anything changed.
 CHECKPOINT_SECONDS = 30.0
+#: How long nothing was written before the journal is packed although it has room.
+QUIET_SECONDS = 0.2
 
 
 class Step(Enum):
@@ -55,6 +57,9 @@ class Situation:
     waiting_writers: bool
     #: Nothing was written since destage last found less than a full stripe.
     starved: bool
+    #: Guests have been quiet for a moment. While they write, the journal is filled further before
+    #: destage begins: a burst has the machine to itself, and overwrites die before they are packed.
+    quiet: bool = True
 
 
 def decide(now: Situation) -> Step:
@@ -91,6 +96,8 @@ def _packing(now: Situation) -> Step | None:
     """How to move journal blocks into stripes, if that is to be done."""
     if now.free > RESERVE_STRIPES:
         threshold = min(STEP_STRIPES * now.stripe_blocks, now.journal_size // 4)
+        if not now.quiet and not now.waiting_writers:
+            threshold = max(threshold, now.journal_size * 3 // 8)
         if now.journal_unpacked > threshold:
             if not now.starved:
                 return Step.DESTAGE
@@ -116,9 +123,9 @@ class Maintenance:
         self._clean_head = moving.state.journal.head
         self._collectable = True
         self._task: asyncio.Task[None] | None = None
-        self._idle = asyncio.Event()
         self._want_checkpoint: list[asyncio.Future[None]] = []
         self._starved_at = -1
+        self._seen_head, self._seen_at = moving.state.journal.head, clock()
         self._stopping = False
         self.writers_waiting = 0
 
@@ -151,7 +158,14 @@ class Maintenance:
             dirty_seconds=self._clock() - self._clean_at if dirty else 0.0,
             waiting_writers=self.writers_waiting > 0,
             starved=self._starved_at == journal.head,
+            quiet=self._quiet(),
         )
+
+    def _quiet(self) -> bool:
+        head, now = self._state.journal.head, self._clock()
+        if head != self._seen_head:
+            self._seen_head, self._seen_at = head, now
+        return now - self._seen_at >= QUIET_SECONDS
 
     async def _run(self) -> None:
         state = self._state
@@ -172,7 +186,11 @@ class Maintenance:
                 if state.stopped:
                     break
                 # Too few members to write, for now: what is left goes on being read.
-                state.stopped = str(error)
+                state.stop(str(error))
+            except Exception as error:
+                # A bug; but those who wait for this loop must hear of it.
+                state.stop(f"internal error {error!r}: restart the daemon, and report it")
+                raise
         for waiter in self._want_checkpoint:
             if not waiter.done():
                 waiter.set_exception(PoolStopped(state.stopped or "the pool is closing"))
@@ -193,9 +211,8 @@ class Maintenance:
         elif step is Step.DROP:
             await self._drop_layer()
         else:
-            self._idle.set()
-            await self._sleep(CHECKPOINT_SECONDS / 2)
-            self._idle.clear()
+            waits_for_quiet = self._state.fifo and not self._quiet()
+            await self._sleep(QUIET_SECONDS if waits_for_quiet else CHECKPOINT_SECONDS / 2)
 
     async def _sleep(self, seconds: float) -> None:
         if self._stopping:

@@ -65,6 +65,14 @@ class Membership:
         async with self._lock:
             await self._commit(state.committed, replicas)
 
+    async def name_replicas(self, replicas: list[int]) -> None:
+        """Commit a root with these journal replicas, before the journal runs; nothing if the last
+        one says so already. Raises PoolStopped."""
+        if sorted(replicas) != sorted(self._replicas):
+            async with self._lock:
+                self._replicas = replicas
+                await self._commit(self._state.committed, replicas)
+
     async def _commit(self, committed: Committed, replicas: list[int]) -> None:
         state = self._state
         if state.stopped:
@@ -116,7 +124,7 @@ class Membership:
             return await member.write_root(root, self._state.uuid)
 
     def _stop(self, why: str) -> None:
-        self._state.stopped = why
+        self._state.stop(why)
         raise PoolStopped(why)
 
     # -- expelling ---------------------------------------------------------------------------
@@ -147,7 +155,7 @@ class Membership:
                 async with self._lock:
                     await self._expel_some()
         except (PoolStopped, PoolError) as error:
-            self._state.stopped = self._state.stopped or str(error)
+            self._state.stop(str(error))
         finally:
             self._task = None
 
@@ -182,6 +190,7 @@ class Membership:
         if not replicas:
             self._stop("no journal device is left: replace the failed devices and restart")
         await self._commit(state.committed, replicas)
+        self._replicas = replicas
         for index in gone:
             self._failed.pop(index, None)
         if journal is not None:

@@ -15,12 +15,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from backends.base import BLOCK_SIZE
-from pool.blockmap import LEAF_MASK, LEAF_SHIFT
+from pool.columns import Columns, switch
 from pool.errors import DataLost, PoolStopped
 from pool.format.location import (
     BLOCK_MASK,
@@ -41,18 +40,6 @@ from pool.table import DATA, NOWHERE, Stripe
 
 #: How often a job is tried anew after members failed or sources were bad.
 ATTEMPTS = 8
-#: Blocks switched between two turns of the event loop.
-SWITCH_SLICE = 1024
-
-
-class LiveBlock(NamedTuple):
-    """A mapped block to be moved."""
-
-    layer: int
-    block: int
-    location: int
-    crc: int
-    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,50 +55,51 @@ class Moving:
     stuck: set[int] = field(default_factory=set)
 
 
-async def move(moving: Moving, blocks: list[LiveBlock]) -> int:
+async def move(moving: Moving, blocks: Columns) -> int:
     """Move blocks into new stripes; returns how many were switched. Raises NoSpace, DataLost (some
     source cannot be read; nothing of its stripe was switched), PoolStopped."""
-    blocks = sorted(blocks)
+    state = moving.state
     switched = 0
-    pending = list(_cut(blocks, moving.state.shape().blocks))
+    pending = list(_cut(blocks.by_address(), state.shape().blocks))
     inline: dict[int, bytes] = {}
     lost: DataLost | None = None
     for _ in range(ATTEMPTS):
-        rows = _place(moving.state, len(pending))
-        jobs = [
-            _job(moving.state, row, part, inline) for row, part in zip(rows, pending, strict=True)
-        ]
-        outcome = await moving.state.mover.run(Job(moving.state.uuid, jobs))
+        rows = _place(state, len(pending))
+        jobs = [_job(state, row, part, inline) for row, part in zip(rows, pending, strict=True)]
+        outcome = await state.mover.run(Job(state.uuid, jobs))
         await note_failures(moving, outcome)
-        again = []
+        again: list[Columns] = []
         for row, part in zip(rows, pending, strict=True):
             if row.id in outcome.written:
                 switched += await _switch(moving, row, part)
                 continue
-            moving.state.unplace(row.places)
-            again.append((row.id, part))
+            state.unplace(row.places)
+            bad = [at for stripe, at in outcome.bad if stripe == row.id]
+            try:
+                await _fetch(moving, part, bad, inline)
+                again.append(part)
+            except DataLost as error:
+                state.counters["unmovable_stripes"] += 1
+                lost = error
         if not again:
             if lost is not None:
                 raise lost
             return switched
-        bad = {stripe: [at for s, at in outcome.bad if s == stripe] for stripe, _ in again}
-        pending = []
-        for stripe, part in again:
-            try:
-                for at in bad[stripe]:
-                    found = part[at]
-                    inline[found.location] = await moving.reader.run(found.location, [found.crc])
-            except (DataLost, KeyError) as error:
-                moving.state.counters["unmovable_stripes"] += 1
-                lost = error if isinstance(error, DataLost) else DataLost(str(error))
-                continue
-            pending.append(part)
-        if not pending:
-            break
         # The pool may have narrowed: cut anew.
-        flat = [block for part in pending for block in part]
-        pending = list(_cut(flat, moving.state.shape().blocks))
-    raise lost or PoolStopped(f"stripes could not be written in {ATTEMPTS} attempts")
+        pending = list(_cut(Columns.join(again), state.shape().blocks))
+    raise PoolStopped(f"stripes could not be written in {ATTEMPTS} attempts")
+
+
+async def _fetch(moving: Moving, part: Columns, bad: list[int], inline: dict[int, bytes]) -> None:
+    """Get the source blocks that the stripe writer could not read, by whatever redundancy there is.
+
+    Raises DataLost."""
+    for at in bad:
+        location = int(part.locations[at])
+        try:
+            inline[location] = await moving.reader.run(location, [int(part.crcs[at])])
+        except KeyError as error:
+            raise DataLost(str(error)) from None
 
 
 async def note_failures(moving: Moving, outcome: Outcome) -> None:
@@ -134,7 +122,7 @@ async def note_failures(moving: Moving, outcome: Outcome) -> None:
         await moving.expel(broken)
 
 
-def _cut(blocks: list[LiveBlock], size: int) -> Iterator[list[LiveBlock]]:
+def _cut(blocks: Columns, size: int) -> Iterator[Columns]:
     for start in range(0, len(blocks), size):
         yield blocks[start : start + size]
 
@@ -151,32 +139,31 @@ def _place(state: State, count: int) -> list[Stripe]:
     return rows
 
 
-def _job(state: State, row: Stripe, part: list[LiveBlock], inline: dict[int, bytes]) -> StripeJob:
+def _job(state: State, row: Stripe, part: Columns, inline: dict[int, bytes]) -> StripeJob:
     """What the stripe writer is to do for one stripe."""
-    count, room = len(part), row.shape.blocks
-    columns = list(zip(*part, strict=True))
-    layers, blocks = np.zeros(room, np.uint32), np.zeros(room, np.uint64)
-    versions, crcs = np.zeros(room, np.uint64), np.zeros(room, np.uint32)
-    layers[:count], blocks[:count], versions[:count] = columns[0], columns[1], columns[4]
-    crcs[:count] = columns[3]
+    pad = (0, row.shape.blocks - len(part))
     job = StripeJob(
-        row.id, DATA, row.shape, row.places, count, layers, blocks, versions, crcs
-    )  # fmt: skip
-    at = 0
-    while at < count:
-        location = part[at].location
-        given = inline.get(location)
-        if given is not None:
-            job.inline.append((at, given))
-            at += 1
-            continue
-        run = 1
-        while at + run < count and part[at + run].location == location + run and (
-            part[at + run].location not in inline
-        ):  # fmt: skip
-            run += 1
-        run = _add_source(state, job, location, at, run)
-        at += run
+        row.id,
+        DATA,
+        row.shape,
+        row.places,
+        len(part),
+        np.pad(part.layers, pad),
+        np.pad(part.blocks, pad),
+        np.pad(part.versions, pad),
+        np.pad(part.crcs, pad),
+    )
+    for start, stop in part.runs():
+        location = int(part.locations[start])
+        at = start
+        while at < stop:
+            given = inline.get(location + at - start) if inline else None
+            if given is not None:
+                job.inline.append((at, given))
+                at += 1
+                continue
+            # With bad blocks about, go one by one: this is the exception.
+            at += _add_source(state, job, location + at - start, at, 1 if inline else stop - at)
     return job
 
 
@@ -199,30 +186,25 @@ def _add_source(state: State, job: StripeJob, location: int, at: int, run: int) 
     return run
 
 
-async def _switch(moving: Moving, row: Stripe, part: list[LiveBlock]) -> int:
+async def _switch(moving: Moving, row: Stripe, part: Columns) -> int:
     """Point the map at the new stripe, for every block that still is where it was."""
     state = moving.state
-    needed = {(block.layer, block.block >> LEAF_SHIFT) for block in part}
-    while await moving.loader.ensure(needed):
+    stretches = list(part.leaves())
+    while await moving.loader.ensure({(layer, number) for layer, number, _, _ in stretches}):
         pass
     # No await until the row is in the table: atomic.
+    shards, within = np.divmod(np.arange(len(part), dtype=np.uint64), row.shape.shard_blocks)
+    new = np.uint64(in_stripe(row.id, 0, 0)) | shards << np.uint64(SHARD_SHIFT) | within
     live = 0
-    per_shard = row.shape.shard_blocks
-    for i, block in enumerate(part):
-        layer_map = state.maps.get(block.layer)
-        if layer_map is None:
+    for layer, number, start, stop in stretches:
+        layer_map = state.maps.get(layer)
+        if layer_map is None or number not in layer_map.leaves:
             continue
-        number = block.block >> LEAF_SHIFT
-        leaf = layer_map.leaves.get(number)
-        if leaf is None or not leaf.holds(block.block & LEAF_MASK, block.location):
-            continue
-        if not leaf.dirty:
-            layer_map.touch(number)
-        shard, at = divmod(i, per_shard)
-        leaf.set(block.block & LEAF_MASK, in_stripe(row.id, shard, at), block.crc)
-        if block.location >> TAG_SHIFT != TAG_JOURNAL:
-            state.killed.append(stripe_of(block.location))
-        live += 1
+        here = slice(start, stop)
+        old = part.locations[here]
+        same = switch(layer_map.touch(number), part.blocks[here], old, new[here], part.crcs[here])
+        live += int(np.count_nonzero(same))
+        state.kill_locations(old[same])
     state.counters["moved_blocks"] += live
     state.counters["overtaken_blocks"] += len(part) - live
     if live:

@@ -17,7 +17,7 @@ from pool.format.page import Pointer
 from pool.format.record import FLAG_TERM_START, TERM_SHIFT
 from pool.format.superblock import Superblock
 from pool.fsck import check_pool
-from pool.journal import Journal, Replica
+from pool.journal import OVERDUE_SECONDS, Journal, Replica
 from pool.loader import Loader
 from pool.member import Member, MemberState, read_superblocks
 from pool.membership import Membership, choose_journal
@@ -353,9 +353,12 @@ async def _recover(
     state._journal = journal
     if read_only:
         return
+    engine.start()
+    # The last life may have filled the journal, and the mark must not go over live space.
+    while not journal.room(0):
+        await engine.wait_room()
     journal.stage_mark()
     journal.commit(flags=FLAG_TERM_START)
-    engine.start()
     await journal.flush()
 
 
@@ -363,40 +366,58 @@ async def _start_term(
     engine: Engine, sources: list[Source], chain: recovery.Chain, returned: set[int]
 ) -> list[Replica]:
     """Commit the new term, then write the recovered journal to every replica of it (R1, R6)."""
-    state = engine.state
-    chosen = [state.members[source.member] for source in sources]
-    while len(chosen) < state.parity + 1:
-        spare = choose_journal(state.active(), {member.index for member in chosen})
-        if spare is None:
-            break
-        chosen.append(spare)
-    await engine.membership.start_term([member.index for member in chosen], returned)
+    state, membership = engine.state, engine.membership
     old = {source.member for source in sources}
-    replicas = []
-    for member in chosen:
-        assert isinstance(member.backend, Device)
-        offset = member.layout.journal_offset
-        start = chain.durable if member.index in old else state.committed.tail
+    # The root names a new replica only when it holds the journal: a crash may come before.
+    await membership.start_term(sorted(old), returned)
+    whole: list[Member] = []
+    while True:
+        await membership.settled()
+        if state.stopped:
+            raise PoolStopped(state.stopped)
+        whole = [member for member in whole if member.present]
+        target = _next_replica(state, old, whole)
+        if target is None and not whole:
+            raise PoolStopped("no journal device takes writes: replace the failed devices")
+        if target is None:
+            await membership.name_replicas([member.index for member in whole])
+            await membership.settled()
+            if all(member.present for member in whole):
+                break
+            continue
+        start = chain.durable if target.index in old else state.committed.tail
         try:
-            await recovery.rewrite(
-                sources, [(member.backend, offset, min(start, chain.end))], chain,
-                state.journal_blocks,
-            )  # fmt: skip
-            failed = False
+            await _rewrite(target, sources, min(start, chain.end), chain, state.journal_blocks)
+            whole.append(target)
         except DeviceError as error:
-            failed = True
-            engine.member_failed(member.index, error)
-        replicas.append(
-            Replica(
-                member.index,
-                member.backend,
-                offset,
-                state.committed.tail,
-                chain.end,
-                chain.end,
-                failed=failed,
-            )
-        )
-    if all(replica.failed for replica in replicas):
-        raise PoolStopped("no journal device takes writes: replace the failed devices")
-    return replicas
+            engine.member_failed(target.index, error)
+    return [_replica(member, state.committed.tail, chain.end) for member in whole]
+
+
+def _next_replica(state: State, old: set[int], whole: list[Member]) -> Member | None:
+    """The member that the recovered journal is to be written to next: those that the root names
+    come first, then others until there are enough (R5)."""
+    done = {member.index for member in whole}
+    for index in sorted(old - done):
+        if state.members[index].present:
+            return state.members[index]
+    if len(whole) > state.parity:
+        return None
+    return choose_journal(state.active(), done)
+
+
+async def _rewrite(
+    member: Member, sources: list[Source], start: int, chain: recovery.Chain, blocks: int
+) -> None:
+    assert isinstance(member.backend, Device)
+    target = (member.backend, member.layout.journal_offset, start)
+    try:
+        async with asyncio.timeout(OVERDUE_SECONDS):
+            await recovery.rewrite(sources, [target], chain, blocks)
+    except TimeoutError:
+        raise DeviceError(110, f"{member.url}: no answer for {OVERDUE_SECONDS:.0f} s") from None
+
+
+def _replica(member: Member, tail: int, end: int) -> Replica:
+    assert isinstance(member.backend, Device)
+    return Replica(member.index, member.backend, member.layout.journal_offset, tail, end, end)

@@ -220,7 +220,7 @@ async def _proof(windows: list[_Window], chain: Chain) -> int:
     """The highest `durable` claimed by records shortly behind a broken chain; 0 if there are
     none."""
     best = 0
-    for window in windows[:1]:
+    for window in windows:
         last = chain.end + min(LOOK_BEHIND, window.source.blocks)
         for position in range(chain.end, last):
             block = await window.block(position)

@@ -111,6 +111,12 @@ class State:
     def writable(self) -> bool:
         return self._journal is not None and not self.stopped
 
+    def stop(self, why: str) -> None:
+        """Take no more writes; whoever waits for the journal is told. The first reason stays."""
+        self.stopped = self.stopped or why
+        if self._journal is not None:
+            self._journal.stop(self.stopped)
+
     def active(self) -> list[Member]:
         """Members that take part."""
         return [member for member in self.members.values() if member.present]

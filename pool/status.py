@@ -16,7 +16,7 @@ def describe(state: State, *, volumes: int) -> dict[str, Any]:
     """A JSON-able picture of the pool; sizes in bytes."""
     journal = state._journal
     degraded, narrow = _stripe_health(state)
-    problems = _problems(state, read_only)
+    problems = _problems(state)
     used = state.used * BLOCK_SIZE
     capacity = state.limit * BLOCK_SIZE
     replicas = [r.member for r in journal.replicas if not r.failed] if journal else []
@@ -57,8 +57,8 @@ def _stripe_health(state: State) -> tuple[int, int]:
     return int(away.sum()), int((widths < state.data).sum())
 
 
-def _problems(state: State, read_only: bool) -> list[str]:
-    found = [state.stopped] if state.stopped and not read_only else []
+def _problems(state: State) -> list[str]:
+    found = [state.stopped] if state.stopped else []
     found += list(state.problems.values())
     for member in state.members.values():
         if member.state == "gone" or member.backend is None:
@@ -66,7 +66,7 @@ def _problems(state: State, read_only: bool) -> list[str]:
         elif member.full:
             found.append(f"the storage under device {member.index} ({member.url}) is full")
     journal = state._journal
-    if journal is not None and not read_only:
+    if journal is not None:
         have = sum(not r.failed for r in journal.replicas)
         if have < state.parity + 1:
             found.append(

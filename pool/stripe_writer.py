@@ -28,6 +28,10 @@ from pool.format.stripe import Contents
 from pool.shards import Shards
 from pool.table import NOWHERE
 
+#: A device that takes longer counts as failed: it must not hold up the others.
+OVERDUE_SECONDS = 30.0
+_OVERDUE = f"no answer for {OVERDUE_SECONDS:.0f} s"
+
 
 class JournalSource(NamedTuple):
     """`blocks` blocks at a byte offset of a member's device, for block `at` of the stripe."""
@@ -121,9 +125,10 @@ def touched_by(stripe: int, touched: Mapping[int, set[int]]) -> set[int]:
 
 async def _sync(member: int, members: Mapping[int, Target], outcome: Outcome) -> None:
     try:
-        await members[member].shards.sync()
-    except DeviceError as error:
-        outcome.failed[member] = (str(error), False)
+        async with asyncio.timeout(OVERDUE_SECONDS):
+            await members[member].shards.sync()
+    except (DeviceError, TimeoutError) as error:
+        outcome.failed[member] = (str(error) or _OVERDUE, False)
 
 
 async def _gather(
@@ -168,14 +173,15 @@ async def _read(
     if target is None:
         return False
     try:
-        if isinstance(source, JournalSource):
-            assert isinstance(target.backend, Device)
-            view[:] = await target.backend.read(source.offset, len(view))
-        else:
-            view[:] = await target.shards.read(
-                source.stripe, source.shard, source.slot, source.offset, len(view)
-            )
-    except DeviceError:
+        async with asyncio.timeout(OVERDUE_SECONDS):
+            if isinstance(source, JournalSource):
+                assert isinstance(target.backend, Device)
+                view[:] = await target.backend.read(source.offset, len(view))
+            else:
+                view[:] = await target.shards.read(
+                    source.stripe, source.shard, source.slot, source.offset, len(view)
+                )
+    except (DeviceError, TimeoutError):
         return False
     return True
 
@@ -222,9 +228,10 @@ async def _write_shard(
     outcome: Outcome,
 ) -> None:
     try:
-        await members[member].shards.write(stripe, shard, slot, buffers)
-    except DeviceError as error:
-        outcome.failed[member] = (str(error), isinstance(error, DeviceFull))
+        async with asyncio.timeout(OVERDUE_SECONDS):
+            await members[member].shards.write(stripe, shard, slot, buffers)
+    except (DeviceError, TimeoutError) as error:
+        outcome.failed[member] = (str(error) or _OVERDUE, isinstance(error, DeviceFull))
         return
     outcome.bytes[member] = outcome.bytes.get(member, 0) + sum(len(b) for b in buffers)
 

@@ -164,8 +164,15 @@ class Volume:
             part = into[at << BLOCK_SHIFT : (at + now) << BLOCK_SHIFT]
             if location in _ZERO_LOCATIONS:
                 part[:] = bytes(len(part))
-            elif not (self._engine.reader.try_run(location, part) and verify(part, crcs) == -1):
+            elif not self._at_hand(location, part, crcs):
                 await self._read_run(block + at, location, part, crcs)
+
+    def _at_hand(self, location: int, part: memoryview, crcs: Sequence[int]) -> bool:
+        """Read a run without waiting. Its stripe may have gone since the map was looked up."""
+        try:
+            return self._engine.reader.try_run(location, part) and verify(part, crcs) == -1
+        except KeyError:
+            return False
 
     async def _read_run(
         self, block: int, location: int, part: memoryview, crcs: Sequence[int]

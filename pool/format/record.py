@@ -108,12 +108,14 @@ def encode_into(
 
 def decode(block: bytes | memoryview) -> Record:
     """Read a header block. Raises FormatError unless it is whole."""
+    if len(block) < HEAD.size:
+        raise FormatError("no journal record")
     (magic, crc, revision, flags, stream, extents, blocks, previous, version, position, tail,
      durable) = HEAD.unpack_from(block)  # fmt: skip
     if magic != MAGIC or revision != REVISION:
         raise FormatError("no journal record")
     used = HEAD.size + extents * EXTENT.size + 4 * blocks
-    if used > BLOCK_SIZE:
+    if used > min(BLOCK_SIZE, len(block)):
         raise FormatError("journal record claims more than a block")
     image = bytearray(block[:used])
     image[CRC_AT : CRC_AT + 4] = b"\0\0\0\0"

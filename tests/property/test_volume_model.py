@@ -2,8 +2,8 @@
 
 Every step runs in a loop with a virtual clock, on disks in memory whose writes are durable at once
 (what an unsynced write may become is the business of `tests/sim`). Devices that are absent count
-against the budget of `m` only while they are; one that returned with an old content counts for ever,
-because what it forgot is not written to it again before it is read.
+against the budget of `m` only while they are; one that returned with an old content counts for
+ever, because what it forgot is not all written to it again.
 
 `HYPOTHESIS_PROFILE=large` does twenty times as much.
 """
@@ -11,9 +11,9 @@ because what it forgot is not written to it again before it is read.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 from collections.abc import Coroutine
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 from backends.base import BLOCK_SIZE
 from backends.fault_script import OPERATIONS, Rule, Vanish
 from pool import Pool, PoolError
+from pool.errors import PoolFull
 from pool.volume import EXTENT_HOLE, EXTENT_ZERO
 from tests.sim.loop import VirtualLoop
 from tests.unit.pool.support import KIB, Disk, make_disks, make_pool, open_pool
@@ -132,14 +133,16 @@ class PoolModel(RuleBasedStateMachine):
     @rule(name=volumes, offset=offsets, blocks=st.lists(st.integers(0, 12), min_size=2, max_size=9))
     def write_batch(self, name: str, offset: int, blocks: list[int]) -> None:
         """Several small writes that one commit makes visible, as from one connection."""
+        self.run(self._write_batch(name, offset, blocks))
+
+    async def _write_batch(self, name: str, offset: int, blocks: list[int]) -> None:
         volume = self.open.volume(name)
         for number, block in enumerate(blocks):
             at, length = self._range(name, offset + block * 1000, 700 + 900 * number, False)
             data = bytes([number + 1]) * length
             try:
                 staged = volume.try_write(at, memoryview(data))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            except PoolFull:
                 break
             if not staged:
                 break
@@ -158,9 +161,7 @@ class PoolModel(RuleBasedStateMachine):
             assert found == [(end - first, EXTENT_HOLE | EXTENT_ZERO)]
 
     @rule(name=volumes, offset=offsets, length=lengths, whole=aligned, no_hole=st.booleans())
-    def write_zeroes(
-        self, name: str, offset: int, length: int, whole: bool, no_hole: bool
-    ) -> None:
+    def write_zeroes(self, name: str, offset: int, length: int, whole: bool, no_hole: bool) -> None:
         offset, length = self._range(name, offset, length, whole)
         volume = self.open.volume(name)
 
@@ -172,12 +173,11 @@ class PoolModel(RuleBasedStateMachine):
                 assert not flags & EXTENT_HOLE
 
     def _change(self, name: str, offset: int, data: bytes, operation: Any) -> bool:
-        """Do it; a full pool may refuse, if there was a hole to fill. Returns whether it was done."""
+        """Do it; a full pool may refuse if there is a hole to fill. Returns whether it was done."""
         before = self._holes(name, offset, len(data))
         try:
             self.run(operation(offset, memoryview(data)))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC, error
+        except PoolFull:
             assert before, "an overwrite of allocated blocks was refused (P5)"
             self._settle_refused(name, offset, data)
             return False
@@ -232,7 +232,7 @@ class PoolModel(RuleBasedStateMachine):
             if flags & EXTENT_ZERO:
                 assert not any(self.contents[name][at : at + size])
             at += size
-        assert all(a[1] != b[1] for a, b in zip(found, found[1:], strict=False))
+        assert all(a[1] != b[1] for a, b in pairwise(found))
 
     # -- time and devices --------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ async def together(rig: Rig, client: Client, count: int) -> None:
             block = rng.randrange(150)
             sectors = rng.choice((BLOCK_SECTORS, BLOCK_SECTORS, 2 * BLOCK_SECTORS, 5, 64))
             await client.write("a", block * BLOCK_SECTORS + (sectors == 5), sectors)
+            await asyncio.sleep(rng.random() * rig.latency)
             if i % 8 == 7:
                 await client.flush("a")
 

@@ -158,6 +158,7 @@ class Client:
         self._oracle = oracle
         self._rng = rng
         self.events = events
+        self.deleted: set[str] = set()
         self._began = pool.engine.journal.head
         #: Journal positions behind trims, and what deleted volumes occupied: what reuse is seen by.
         self._trims: list[int] = []
@@ -183,6 +184,7 @@ class Client:
 
     async def delete(self, name: str) -> None:
         self._oracle.uncertain.add(name)
+        self.deleted.add(name)
         self._deleted.append((self.pool.engine.state.next_stripe - 1, self._slots_of(name)))
         await self.pool.delete_volume(name)
         self._oracle.uncertain.discard(name)

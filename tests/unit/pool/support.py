@@ -1,4 +1,4 @@
-"""What the pool's tests share: disks in memory that outlive the handles on them, and small pools."""
+"""What the pool's tests share: disks in memory that outlive their handles, and small pools."""
 
 from __future__ import annotations
 

@@ -94,14 +94,3 @@ async def test_errors_of_the_pool_are_one_line(
     pool.failure = failure
     with pytest.raises(UserError, match="is full$"):
         await controller.call("volume.create", {"name": "vm1", "size": 4096})
-
-
-async def test_looking_at_a_pool_that_is_not_served_tells_its_health() -> None:
-    """It is open for reading only, but that is not the pool's state."""
-    looked_at = Controller(FakePool(changes={"state": "read-only"}))  # type: ignore[arg-type]
-    status = await looked_at.call("pool.status")
-    assert (status["state"], status["served"]) == ("degraded", False)
-    stopped = FakePool(changes={"state": "read-only"})
-    served = Controller(stopped, Endpoints("/s"))  # type: ignore[arg-type]
-    status = await served.call("pool.status")
-    assert (status["state"], status["served"]) == ("read-only", True)
