@@ -30,6 +30,9 @@ from typing import Protocol, runtime_checkable
 
 BLOCK_SIZE = 4096
 
+#: What another process needs to rebuild a backend: a description and file descriptors.
+WorkerSpec = tuple[dict[str, str | int], list[int]]
+
 #: Anything that exposes bytes without a copy.
 Buffer = bytes | bytearray | memoryview
 
@@ -92,7 +95,7 @@ class Device(Protocol):
     def append(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Hand `buffers` to the operating system, synchronously. Raises `DeviceError`."""
 
-    def worker_spec(self) -> tuple[dict[str, str | int], list[int]]:
+    def worker_spec(self) -> WorkerSpec:
         """A description and the file descriptors from which `backends.open.attach` rebuilds this
         device in another process. The descriptors are the locked ones, so the lock lives as long as
         either."""
@@ -126,6 +129,9 @@ class ObjectStore(Protocol):
 
     async def list(self, prefix: str = "") -> list[str]:
         """Sorted names that start with `prefix`, without temporary ones."""
+
+    def worker_spec(self) -> WorkerSpec:
+        """As `Device.worker_spec`. Raises `DeviceError` if it exists in this process only."""
 
     async def close(self) -> None:
         """Release the store and its lock. Idempotent."""

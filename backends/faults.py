@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .attachable import WorkerSpec, worker_spec_of
-from .base import Buffer, Device, ObjectStore
+from .base import Buffer, Device, ObjectStore, WorkerSpec
 from .fault_script import Action, Script, raise_after, raise_before
 
 
@@ -113,7 +112,7 @@ class FaultyStore:
 
     def worker_spec(self) -> WorkerSpec:
         """As `Device.worker_spec`. Raises `DeviceError` when the store is of this process only."""
-        return worker_spec_of(self.inner)
+        return self.inner.worker_spec()
 
     async def close(self) -> None:
         await self.inner.close()

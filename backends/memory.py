@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Sequence
 
-from .base import BLOCK_SIZE, Buffer, DeviceError, DeviceFull
+from .base import BLOCK_SIZE, Buffer, DeviceError, DeviceFull, WorkerSpec
 from .failures import check_buffers, check_range, gone
 from .names import check_name
 
@@ -123,6 +123,10 @@ class MemoryStore:
     async def list(self, prefix: str = "") -> list[str]:
         self._check_open()
         return sorted(name for name in self._objects if name.startswith(prefix))
+
+    def worker_spec(self) -> WorkerSpec:
+        text = f"{self._url} lives in this process only: use a directory, or no worker process"
+        raise DeviceError(errno.EOPNOTSUPP, text)
 
     async def close(self) -> None:
         self._open = False

@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from .attachable import WorkerSpec, worker_spec_of
-from .base import Buffer, Device, DeviceError, ObjectStore
+from .base import Buffer, Device, DeviceError, ObjectStore, WorkerSpec
 
 T = TypeVar("T")
 
@@ -152,7 +151,7 @@ class ObservedStore:
 
     def worker_spec(self) -> WorkerSpec:
         """As `Device.worker_spec`. Raises `DeviceError` when the store is of this process only."""
-        return worker_spec_of(self.inner)
+        return self.inner.worker_spec()
 
     async def close(self) -> None:
         await self.inner.close()

@@ -40,6 +40,8 @@ DIRECTORY_DTYPE = np.dtype(
 )
 #: Leaves encoded between two turns of the event loop.
 SLICE = 32
+#: The most bytes of the top page in one part.
+TOP_PART_BYTES = 256 << 10
 #: Meta stripes written by one job.
 JOB_STRIPES = 8
 ATTEMPTS = 4
@@ -110,7 +112,7 @@ class Packer:
     def unplace(self) -> None:
         """Give back what was placed."""
         for row, _, _ in self.stripes:
-            self._state.unplace(row.places)
+            self._state.release(row)
 
 
 @dataclass(slots=True)
@@ -283,8 +285,8 @@ class Checkpoint:
         rows: npt.NDArray[np.void],
         directories: dict[tuple[int, int], Pointer | None],
         anchors: Packer,
-    ) -> tuple[dict[int, Pointer], Pointer]:
-        """Write the table pages that changed and the top page."""
+    ) -> tuple[dict[int, Pointer], tuple[Pointer, ...]]:
+        """Write the table pages that changed and the top page, in as many parts as it needs."""
         state = self._state
         generation = state.generation + 1
         count = len(rows) // PAGE_ROWS
@@ -305,7 +307,12 @@ class Checkpoint:
             "used": frozen.used,
         }
         body = json.dumps(top, separators=(",", ":")).encode()
-        return pages, anchors.add(page.encode(page.KIND_TOP, 0, 0, 0, generation, body))
+        size = min(TOP_PART_BYTES, state.shape().blocks * BLOCK_SIZE - page.ENVELOPE.size)
+        parts = [body[start : start + size] for start in range(0, len(body), size)]
+        return pages, tuple(
+            anchors.add(page.encode(page.KIND_TOP, 0, 0, number, generation, part))
+            for number, part in enumerate(parts)
+        )
 
     def _changed(self, number: int, part: npt.NDArray[np.void]) -> bool:
         if self.written is None or (number + 1) * PAGE_ROWS > len(self.written):
@@ -328,10 +335,10 @@ class Checkpoint:
         return True
 
     def _committed(
-        self, frozen: _Frozen, anchors: Packer, pages: dict[int, Pointer], top: Pointer
+        self, frozen: _Frozen, anchors: Packer, pages: dict[int, Pointer], top: tuple[Pointer, ...]
     ) -> Committed:
         rows = self._state.committed.anchors | {row.id: row for row, _, _ in anchors.stripes}
-        needed = {pointer.stripe for pointer in pages.values()} | {top.stripe}
+        needed = {pointer.stripe for pointer in (*pages.values(), *top)}
         return Committed(
             {stripe: rows[stripe] for stripe in rows if stripe in needed},
             top, frozen.replay, frozen.version, frozen.previous, frozen.tail, frozen.replay,
@@ -381,7 +388,7 @@ class Checkpoint:
         state.forget_places()
         for row in released:
             state.counters["stripes_released"] += 1
-            state.gate.defer(lambda row=row: state.unplace(row.places))  # type: ignore[misc]
+            state.gate.defer(lambda row=row: state.release(row))  # type: ignore[misc]
         state.gate.defer(lambda: state.journal.release(max(frozen.tail, state.journal.tail)))
 
 

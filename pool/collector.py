@@ -45,11 +45,12 @@ async def collect(moving: Moving, stripes: int) -> int:
     if not count or -(-count // room) >= len(victims):
         return 0
     try:
-        await move(moving, Columns.join(parts))
+        switched = await move(moving, Columns.join(parts))
     except DataLost:
         moving.stuck.update(victims)
         raise
     state.counters["collected_stripes"] += len(victims)
+    state.counters["collector_overtaken"] += count - switched
     return len(victims)
 
 

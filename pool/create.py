@@ -28,6 +28,8 @@ from pool.table import StripeTable
 
 ZERO_CHUNK = 1 << 20
 MIN_JOURNAL = 64 << 10
+#: Beyond this, offsets in a stripe outgrow their fields.
+MAX_SLOT = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +106,15 @@ async def create_pool(
     replicas = _first_replicas(state)
     if state.limit < state.shape().blocks:
         raise PoolError("the devices are too small for a pool of this shape: use larger ones")
-    await _wipe(state, progress)
     # Positions begin with the second lap, so that none is zero.
     start = journal_bytes // BLOCK_SIZE
     state.committed = Committed(replay=start, tail=start, durable=start)
     state.stripe_limit = 1
     state.term = 0
     root = state.root(state.committed, replicas)
+    for found in state.members.values():
+        found.superblock(root, pool)
+    await _wipe(state, progress)
     for found in state.members.values():
         await found.write_root(root, pool)
     return pool.hex()
@@ -138,9 +142,15 @@ def _check_spec(spec: PoolSpec, members: Sequence[MemberSpec]) -> None:
             f"the journal needs {spec.parity + 1} devices that can be overwritten (disks or "
             f"files), {capable} were given"
         )
+    _check_sizes(spec)
+
+
+def _check_sizes(spec: PoolSpec) -> None:
     for size, what in ((spec.slot_size, "slot"), (spec.journal_size, "journal")):
         if size is not None and (size % BLOCK_SIZE or size < 4 * BLOCK_SIZE):
             raise PoolError(f"the {what} size must be a multiple of 4 KiB and at least 16 KiB")
+    if spec.slot_size is not None and spec.slot_size > MAX_SLOT:
+        raise PoolError(f"the slot size must be at most {MAX_SLOT >> 20} MiB")
     if spec.journal_size is not None and spec.journal_size < MIN_JOURNAL:
         raise PoolError(f"the journal size must be at least {MIN_JOURNAL >> 10} KiB")
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from pool.blockmap import LEAF_BLOCKS, LEAF_MASK, LEAF_SHIFT
 from pool.columns import Builder, Columns
 from pool.format.location import JOURNAL, POSITION_MASK
 from pool.moving import Moving, move
 from pool.state import JournalExtent
+
+#: Extents looked at between two turns of the event loop.
+SLICE = 256
 
 
 async def destage(moving: Moving, stripes: int, *, force: bool) -> int:
@@ -26,13 +31,15 @@ async def destage(moving: Moving, stripes: int, *, force: bool) -> int:
             continue
         # What is taken is put back unless it was moved: the checkpoint must see it.
         taken.append(state.fifo.popleft())
+        if len(taken) % SLICE == 0:
+            await asyncio.sleep(0)
     live = builder.build()
     keep = 0 if force else len(live) % state.shape().blocks
     moved = live[: len(live) - keep]
     try:
         if len(moved):
             # Nothing that the stripes hold may be younger than what the journal can lose (R9).
-            await state.journal.flush()
+            await state.journal.flush(int(moved.locations.max() & POSITION_MASK) + 1)
             await move(moving, moved)
     except BaseException:
         state.fifo.extendleft(reversed(taken))

@@ -536,7 +536,7 @@ class Journal:
         self.stop("the pool is closed")
 
     def stop(self, why: str) -> None:
-        """Let nobody wait for what will not come: flushes and writers get PoolStopped, now and later.
+        """Let nobody wait for what will not come: flushes and writers get PoolStopped from now on.
         Replicas go on with what they have."""
         self._stopped = self._stopped or why
         waiters = [*(waiter for _, waiter in self._flushes), *self._waiters]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from backends.base import DeviceError
 from pool.apply import drop_leaf
 from pool.checkpoint import Checkpoint
 from pool.collector import collect, collect_meta
@@ -21,8 +22,8 @@ from pool.moving import Moving
 from pool.placement import NoSpace
 from pool.state import RESERVE_STRIPES, State
 
-#: Stripes per destage or collector step.
-STEP_STRIPES = 8
+#: At most so many stripes per destage or collector step.
+STEP_STRIPES = 24
 #: Leaves of a dropped layer taken apart per step.
 DROP_LEAVES = 256
 #: A checkpoint is written at least this often while anything changed.
@@ -174,6 +175,7 @@ class Maintenance:
                 step = Step.CHECKPOINT if self._want_checkpoint else decide(self.situation())
                 state.counters[f"steps_{step.value}"] += 1
                 await self._perform(step)
+                await self._empty_trash()
                 await asyncio.sleep(0)
             except NoSpace:
                 state.counters["steps_without_space"] += 1
@@ -199,11 +201,11 @@ class Maintenance:
     async def _perform(self, step: Step) -> None:
         if step is Step.DESTAGE:
             head = self._state.journal.head
-            if not await destage(self._moving, STEP_STRIPES, force=False):
+            if not await destage(self._moving, self._step_stripes(), force=False):
                 self._starved_at = head
             self._moving.loader.trim_memory()
         elif step is Step.DRAIN:
-            await destage(self._moving, STEP_STRIPES, force=True)
+            await destage(self._moving, self._step_stripes(), force=True)
         elif step is Step.COLLECT:
             await self._collect()
         elif step is Step.CHECKPOINT:
@@ -213,6 +215,24 @@ class Maintenance:
         else:
             waits_for_quiet = self._state.fifo and not self._quiet()
             await self._sleep(QUIET_SECONDS if waits_for_quiet else CHECKPOINT_SECONDS / 2)
+
+    def _step_stripes(self) -> int:
+        """How many stripes a step may fill: the reserve is for the checkpoint that frees others."""
+        return max(1, min(STEP_STRIPES, self._state.free_stripes() - RESERVE_STRIPES))
+
+    async def _empty_trash(self) -> None:
+        """Delete objects that nothing refers to. One that cannot be deleted now is found again when
+        the pool is opened."""
+        state = self._state
+        trash, state.trash = state.trash, []
+        for index, stripe, shard in trash:
+            shards = state.members[index].shards
+            if shards is not None:
+                try:
+                    await shards.delete(stripe, shard)
+                    state.counters["objects_deleted"] += 1
+                except DeviceError:
+                    state.counters["objects_left"] += 1
 
     async def _sleep(self, seconds: float) -> None:
         if self._stopping:
@@ -225,7 +245,7 @@ class Maintenance:
             pass
 
     async def _collect(self) -> None:
-        emptied = await collect(self._moving, STEP_STRIPES)
+        emptied = await collect(self._moving, self._step_stripes())
         if not emptied:
             emptied = await collect_meta(self._moving, STEP_STRIPES)
             if emptied:

@@ -106,13 +106,17 @@ class Member:
         except (KeyError, ValueError, TypeError) as error:
             raise FormatError(f"member in the root is damaged: {error}") from error
 
+    def superblock(self, root: dict[str, Any], pool: bytes) -> bytes:
+        """The bytes of a root slot. Raises PoolError if the root outgrew it."""
+        return superblock.encode(
+            root, pool=pool, device=self.uuid, index=self.index, where=self.layout
+        )
+
     async def write_root(self, root: dict[str, Any], pool: bytes) -> int:
         """Write a root into the slot that does not hold the last committed one, and sync. Returns
         the slot. Raises DeviceError, PoolError."""
         assert self.backend is not None
-        image = superblock.encode(
-            root, pool=pool, device=self.uuid, index=self.index, where=self.layout
-        )
+        image = self.superblock(root, pool)
         slot = 1 - self.committed_slot
         if not isinstance(self.backend, Device):
             await self.backend.put(ROOT_NAMES[slot], [image])
@@ -171,10 +175,18 @@ async def _device_images(device: Device) -> list[tuple[int, bytes]]:
 
 async def _store_images(store: ObjectStore) -> list[tuple[int, bytes]]:
     images = []
+    failure: DeviceError | None = None
     names = await store.list("root-")
     for slot, name in enumerate(ROOT_NAMES):
-        if name in names:
+        if name not in names:
+            continue
+        try:
             head = await store.get(name, 0, superblock.HEAD_BYTES)
             length = superblock.body_length(head)
             images.append((slot, await store.get(name, 0, superblock.HEAD_BYTES + length)))
+        except DeviceError as error:
+            # One bad object must not hide the other.
+            failure = error
+    if failure is not None and not images:
+        raise failure
     return images

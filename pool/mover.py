@@ -68,7 +68,8 @@ class InlineMover:
 
 
 class ProcessMover:
-    """Runs jobs in `python -m pool.worker`, over a socket pair, one at a time."""
+    """Runs jobs in `python -m pool.worker`, over a socket pair. Jobs may overlap: while one waits
+    for its syncs, the next is read and encoded."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -79,7 +80,10 @@ class ProcessMover:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        self._lock = asyncio.Lock()
+        self._sending = asyncio.Lock()
+        self._waiting: dict[int, asyncio.Future[object]] = {}
+        self._calls = 0
+        self._answers: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int:
@@ -87,8 +91,8 @@ class ProcessMover:
         return self._process.pid
 
     async def add_member(self, index: int, backend: Device | ObjectStore, layout: Layout) -> None:
-        spec, fds = backend.worker_spec()  # type: ignore[union-attr]
-        await self._call(("add", index, spec, len(fds), layout), fds)
+        spec, fds = backend.worker_spec()
+        await self._call(("add", index, spec, layout), fds)
 
     async def remove_member(self, index: int) -> None:
         await self._call(("remove", index), [])
@@ -99,30 +103,53 @@ class ProcessMover:
         return outcome
 
     async def _call(self, request: tuple[object, ...], fds: list[int]) -> object:
-        async with self._lock:
-            try:
-                return await self._exchange(request, fds)
-            except (OSError, EOFError) as error:
-                raise PoolStopped(
-                    f"the worker process died ({error}): restart the daemon"
-                ) from None
+        if self._answers is None:
+            self._answers = asyncio.get_running_loop().create_task(self._take_answers())
+        self._calls += 1
+        number = self._calls
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with self._sending:
+                await self._send(pickle.dumps((number, request), protocol=5), fds)
+            return await answer
+        except (OSError, EOFError) as error:
+            if isinstance(error, PoolStopped):
+                raise
+            raise _died(error) from None
+        finally:
+            self._waiting.pop(number, None)
 
-    async def _exchange(self, request: tuple[object, ...], fds: list[int]) -> object:
+    async def _send(self, message: bytes, fds: list[int]) -> None:
         loop = asyncio.get_running_loop()
-        message = pickle.dumps(request, protocol=5)
         head = LENGTH.pack(len(message), len(fds))
-        if fds:
-            # A head is far smaller than a socket buffer that is empty between calls: it never
-            # splits.
-            socket.send_fds(self._socket, [head], fds)
+        while fds:
+            try:
+                # Far smaller than a socket buffer: it goes whole or not at all.
+                socket.send_fds(self._socket, [head], fds)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(0.01)
         else:
             await loop.sock_sendall(self._socket, head)
         await loop.sock_sendall(self._socket, message)
-        size, _ = LENGTH.unpack(await self._receive(LENGTH.size))
-        answer = pickle.loads(await self._receive(size))
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+
+    async def _take_answers(self) -> None:
+        """Hand each answer to its caller, until the worker is gone."""
+        try:
+            while True:
+                size, _ = LENGTH.unpack(await self._receive(LENGTH.size))
+                number, answer = pickle.loads(await self._receive(size))
+                waiter = self._waiting.get(number)
+                if waiter is None or waiter.done():
+                    continue
+                if isinstance(answer, BaseException):
+                    waiter.set_exception(answer)
+                else:
+                    waiter.set_result(answer)
+        except (OSError, EOFError) as error:
+            for waiter in self._waiting.values():
+                if not waiter.done():
+                    waiter.set_exception(_died(error))
 
     async def _receive(self, size: int) -> bytearray:
         loop = asyncio.get_running_loop()
@@ -137,6 +164,9 @@ class ProcessMover:
 
     async def close(self) -> None:
         """End the worker: it leaves when its socket closes."""
+        if self._answers is not None:
+            self._answers.cancel()
+            await asyncio.gather(self._answers, return_exceptions=True)
         self._socket.close()
         loop = asyncio.get_running_loop()
         try:
@@ -144,3 +174,7 @@ class ProcessMover:
         except TimeoutError:
             self._process.kill()
             self._process.wait()
+
+
+def _died(error: BaseException) -> PoolStopped:
+    return PoolStopped(f"the worker process died ({error}): restart the daemon")

@@ -38,6 +38,8 @@ from pool.state import State
 from pool.stripe_writer import Job, JournalSource, Outcome, ShardSource, StripeJob
 from pool.table import DATA, NOWHERE, Stripe
 
+#: Stripes that are written and synced together. Several jobs of a move overlap.
+JOB_STRIPES = 8
 #: How often a job is tried anew after members failed or sources were bad.
 ATTEMPTS = 8
 
@@ -65,22 +67,26 @@ async def move(moving: Moving, blocks: Columns) -> int:
     lost: DataLost | None = None
     for _ in range(ATTEMPTS):
         rows = _place(state, len(pending))
-        jobs = [_job(state, row, part, inline) for row, part in zip(rows, pending, strict=True)]
-        outcome = await state.mover.run(Job(state.uuid, jobs))
-        await note_failures(moving, outcome)
+        pairs = list(zip(rows, pending, strict=True))
+        results = await asyncio.gather(
+            *(
+                _write(moving, pairs[start : start + JOB_STRIPES], inline)
+                for start in range(0, len(pairs), JOB_STRIPES)
+            ),
+            return_exceptions=True,
+        )
         again: list[Columns] = []
-        for row, part in zip(rows, pending, strict=True):
-            if row.id in outcome.written:
-                switched += await _switch(moving, row, part)
-                continue
-            state.unplace(row.places)
-            bad = [at for stripe, at in outcome.bad if stripe == row.id]
-            try:
-                await _fetch(moving, part, bad, inline)
-                again.append(part)
-            except DataLost as error:
-                state.counters["unmovable_stripes"] += 1
-                lost = error
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            switched += result[0]
+            for part, bad in result[1]:
+                try:
+                    await _fetch(moving, part, bad, inline)
+                    again.append(part)
+                except DataLost as error:
+                    state.counters["unmovable_stripes"] += 1
+                    lost = error
         if not again:
             if lost is not None:
                 raise lost
@@ -88,6 +94,28 @@ async def move(moving: Moving, blocks: Columns) -> int:
         # The pool may have narrowed: cut anew.
         pending = list(_cut(Columns.join(again), state.shape().blocks))
     raise PoolStopped(f"stripes could not be written in {ATTEMPTS} attempts")
+
+
+async def _write(
+    moving: Moving, pairs: list[tuple[Stripe, Columns]], inline: dict[int, bytes]
+) -> tuple[int, list[tuple[Columns, list[int]]]]:
+    """Write some stripes as one job and switch what was written. Returns the blocks switched, and
+    the stripes that could not be written with the numbers of their bad source blocks."""
+    state = moving.state
+    jobs = []
+    for row, part in pairs:
+        jobs.append(_job(state, row, part, inline))
+        await asyncio.sleep(0)
+    outcome = await state.mover.run(Job(state.uuid, jobs))
+    await note_failures(moving, outcome)
+    switched, failed = 0, []
+    for row, part in pairs:
+        if row.id in outcome.written:
+            switched += await _switch(moving, row, part)
+        else:
+            state.release(row)
+            failed.append((part, [at for stripe, at in outcome.bad if stripe == row.id]))
+    return switched, failed
 
 
 async def _fetch(moving: Moving, part: Columns, bad: list[int], inline: dict[int, bytes]) -> None:
@@ -134,7 +162,7 @@ def _place(state: State, count: int) -> list[Stripe]:
             rows.append(state.new_row(DATA))
     except (NoSpace, PoolStopped):
         for row in rows:
-            state.unplace(row.places)
+            state.release(row)
         raise
     return rows
 
@@ -210,6 +238,6 @@ async def _switch(moving: Moving, row: Stripe, part: Columns) -> int:
     if live:
         state.table.add(row, live)
     else:
-        state.unplace(row.places)
+        state.release(row)
     await asyncio.sleep(0)
     return live

@@ -55,6 +55,8 @@ class Pool:
         self._read_only = read_only
         self._volumes: dict[str, Volume] = {}
         self._closed = False
+        #: One catalog change at a time: each takes its ids before it waits for the journal.
+        self._changing = asyncio.Lock()
         for name, entry in self._state.catalog.volumes.items():
             self._volumes[name] = Volume(engine, entry)
 
@@ -148,6 +150,10 @@ class Pool:
 
     async def create_volume(self, name: str, size: int) -> None:
         """Create a thin volume. Raises PoolError, PoolStopped."""
+        async with self._changing:
+            await self._create_volume(name, size)
+
+    async def _create_volume(self, name: str, size: int) -> None:
         self._writable()
         catalog = self._state.catalog
         catalog.check_new(name, size)
@@ -168,9 +174,11 @@ class Pool:
         volume = self._volumes.get(name)
         if volume is None:
             raise PoolError(f"there is no volume {name!r} in pool {self.name!r}")
-        volume.closed = True
+        # No new client finds it; connected ones go on until the change cannot be lost any more.
         del self._volumes[name]
-        await self.engine.change_catalog({"do": "delete", "name": name})
+        async with self._changing:
+            await self.engine.change_catalog({"do": "delete", "name": name})
+        volume.closed = True
         self.engine.kick()
 
     def _writable(self) -> None:
@@ -204,11 +212,11 @@ async def _find(
 ) -> tuple[Superblock, list[Found]]:
     """Read all superblocks and choose the root."""
     results = await asyncio.gather(
-        *(read_superblocks(backend) for backend in backends), return_exceptions=True
+        *(_superblocks(backend) for backend in backends), return_exceptions=True
     )
     found: list[Found] = []
     for number, result in enumerate(results):
-        if isinstance(result, DeviceError):
+        if isinstance(result, DeviceError | TimeoutError):
             continue
         if isinstance(result, PoolError) and "superblock" in str(result):
             continue
@@ -226,6 +234,12 @@ async def _find(
     return root, found
 
 
+async def _superblocks(backend: Device | ObjectStore) -> list[tuple[int, Superblock]]:
+    """A backend that does not answer is as good as absent: it must not hold up the others."""
+    async with asyncio.timeout(OVERDUE_SECONDS):
+        return await read_superblocks(backend)
+
+
 def _state(root: Superblock, mover: Mover, rng: random.Random, now: Callable[[], float]) -> State:
     """The state that a root describes, before its checkpoint is loaded."""
     body = root.root
@@ -233,10 +247,9 @@ def _state(root: Superblock, mover: Mover, rng: random.Random, now: Callable[[],
         stream = body["streams"][0]
         checkpoint = body["checkpoint"]
         anchors = [Stripe.from_json(row) for row in checkpoint["anchors"]]
-        top = checkpoint["top"]
         committed = Committed(
             {stripe.id: stripe for stripe in anchors},
-            Pointer(*top) if top else None,
+            tuple(Pointer(*pointer) for pointer in checkpoint["top"]),
             stream["replay"], stream["version"], stream["previous"], stream["tail"],
             stream["durable"],
         )  # fmt: skip

@@ -12,6 +12,7 @@ The chain is read from whichever replica continues it. What may not be on all re
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from pool.reader import Reader
 from pool.state import State
 from pool.table import StripeTable
 
+#: A replica that takes longer to answer a read is left out.
+OVERDUE_SECONDS = 10.0
 #: Blocks read at a time while following the chain.
 READ_AHEAD = 256
 #: Records applied between loading leaves.
@@ -78,6 +81,7 @@ class _Window:
         self.source = source
         self._start = 0
         self._data = b""
+        self._hangs = False
 
     async def block(self, position: int) -> bytes | None:
         """One block, or None if it cannot be read."""
@@ -85,16 +89,26 @@ class _Window:
         if not 0 <= at < len(self._data):
             source = self.source
             count = min(READ_AHEAD, source.blocks - position % source.blocks)
-            try:
-                self._data = await source.device.read(source.at(position), count * BLOCK_SIZE)
-            except DeviceError:
-                try:
-                    self._data = await source.device.read(source.at(position), BLOCK_SIZE)
-                except DeviceError:
-                    self._data = b""
-                    return None
+            data = await self._read(position, count) or await self._read(position, 1)
+            self._data = data or b""
+            if data is None:
+                return None
             self._start, at = position, 0
         return self._data[at : at + BLOCK_SIZE]
+
+    async def _read(self, position: int, count: int) -> bytes | None:
+        """Blocks, or None. A replica that once did not answer is not asked again."""
+        if self._hangs:
+            return None
+        source = self.source
+        try:
+            async with asyncio.timeout(OVERDUE_SECONDS):
+                return await source.device.read(source.at(position), count * BLOCK_SIZE)
+        except TimeoutError:
+            self._hangs = True
+        except DeviceError:
+            pass
+        return None
 
 
 async def follow(
@@ -238,12 +252,13 @@ async def _proof(windows: list[_Window], chain: Chain) -> int:
 
 async def load_checkpoint(state: State, reader: Reader, root: dict[str, Any]) -> None:
     """Fill the state from the committed checkpoint. Raises DataLost, PoolError."""
-    top = state.committed.top
-    if top is None:
+    if not state.committed.top:
         return
-    found = await reader.page(top, page.KIND_TOP)
+    parts = [await reader.page(pointer, page.KIND_TOP) for pointer in state.committed.top]
     try:
-        data = json.loads(bytes(found.body))
+        if [part.number for part in parts] != list(range(len(parts))):
+            raise FormatError("parts of the top page are not the ones meant")
+        data = json.loads(b"".join(part.body for part in parts))
         pages = {row[0]: Pointer(*row[1:]) for row in data["table"]}
         bodies = {}
         for number, pointer in pages.items():
@@ -371,16 +386,24 @@ async def rewrite(
 async def _gather(sources: Sequence[Source], chain: Chain, position: int, count: int) -> bytearray:
     """Journal blocks: verified ones where the chain has them, else as a replica has them."""
     data = bytearray(count * BLOCK_SIZE)
-    wanted = [i for i in range(count) if position + i not in chain.tail]
-    if wanted:
-        for source in sources:
-            try:
-                data[:] = await source.device.read(source.at(position), len(data))
-                break
-            except DeviceError:
-                continue
+    if any(position + i not in chain.tail for i in range(count)):
+        data[:] = await _as_stored(sources, position, count)
     for i in range(count):
         known = chain.tail.get(position + i)
         if known is not None:
             data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] = known
     return data
+
+
+async def _as_stored(sources: Sequence[Source], position: int, count: int) -> bytes:
+    """Journal blocks from whichever replica can read them. One that none can read is zeros here:
+    the map's checksum refuses those."""
+    for source in sources:
+        try:
+            async with asyncio.timeout(OVERDUE_SECONDS):
+                return await source.device.read(source.at(position), count * BLOCK_SIZE)
+        except (DeviceError, TimeoutError):
+            continue
+    if count == 1:
+        return bytes(BLOCK_SIZE)
+    return b"".join([await _as_stored(sources, position + i, 1) for i in range(count)])

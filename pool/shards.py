@@ -30,6 +30,16 @@ class Shards(Protocol):
         self, stripe: int, shard: int, slot: int, offset: int, into: memoryview
     ) -> bool: ...
 
+    @property
+    def must_delete(self) -> bool:
+        """Whether a shard that is not needed takes space until `delete`; a slot is just reused."""
+
+    async def delete(self, stripe: int, shard: int) -> None:
+        """Remove a shard that nothing refers to."""
+
+    async def stored(self) -> list[tuple[int, int]]:
+        """(stripe, shard) of all shards there are, where they must be deleted."""
+
     def fast(self, slot: int) -> FastRead | None:
         """How to read the shard in a slot without waiting, and where its header begins."""
 
@@ -42,6 +52,8 @@ class Shards(Protocol):
 
 class SlotShards:
     """Shards in the slots of a device."""
+
+    must_delete = False
 
     def __init__(self, device: Device, layout: Layout) -> None:
         self.device = device
@@ -68,6 +80,12 @@ class SlotShards:
     async def sync(self) -> None:
         await self.device.sync()
 
+    async def delete(self, stripe: int, shard: int) -> None:
+        return
+
+    async def stored(self) -> list[tuple[int, int]]:
+        return []
+
 
 def object_name(stripe: int, shard: int) -> str:
     """The name of a shard in an object store (`docs/format.md`, "Object stores")."""
@@ -77,8 +95,11 @@ def object_name(stripe: int, shard: int) -> str:
 class ObjectShards:
     """Shards as objects of a store. Every put is durable, so `sync` has nothing to do."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    must_delete = True
+
+    def __init__(self, store: ObjectStore, slot_blocks: int) -> None:
         self.store = store
+        self._slot_bytes = slot_blocks * BLOCK_SIZE
 
     async def write(self, stripe: int, shard: int, slot: int, buffers: Sequence[Buffer]) -> None:
         """Write a whole shard with its header."""
@@ -103,19 +124,19 @@ class ObjectShards:
         tail = await self.store.get(name, tail_at, size - tail_at) if tail_at < size else b""
         await self.store.put(name, [head, data, tail])
 
-    _slot_bytes = 0
-
-    def with_slot(self, slot_blocks: int) -> ObjectShards:
-        """Tell it how large a whole shard with its header is."""
-        self._slot_bytes = slot_blocks * BLOCK_SIZE
-        return self
-
     async def sync(self) -> None:
         return
+
+    async def delete(self, stripe: int, shard: int) -> None:
+        await self.store.delete(object_name(stripe, shard))
+
+    async def stored(self) -> list[tuple[int, int]]:
+        names = await self.store.list("shard-")
+        return [(int(name[6:16], 16), int(name[17:], 16)) for name in names]
 
 
 def shards_of(backend: Device | ObjectStore, layout: Layout) -> Shards:
     """The shards of a member."""
     if isinstance(backend, Device):
         return SlotShards(backend, layout)
-    return ObjectShards(backend).with_slot(layout.slot_blocks)
+    return ObjectShards(backend, layout.slot_blocks)

@@ -50,7 +50,8 @@ class Committed:
     """What the last committed root says, as far as the next one repeats it."""
 
     anchors: dict[int, Stripe] = field(default_factory=dict)
-    top: Pointer | None = None
+    #: Parts of the top page; none before the first checkpoint.
+    top: tuple[Pointer, ...] = ()
     replay: int = 0
     version: int = 0
     previous: int = 0
@@ -94,6 +95,8 @@ class State:
     used: int = 0
     reserved: int = 0
     limit: int = 0
+    #: (member, stripe, shard) of objects that nothing refers to any more.
+    trash: list[tuple[int, int, int]] = field(default_factory=list)
     #: What an operator should know, by kind.
     problems: dict[str, str] = field(default_factory=dict)
     #: Why the pool takes no writes; empty while it does.
@@ -225,11 +228,14 @@ class State:
         chosen = choose(candidates, shards, self.rng)
         return tuple((index, self.members[index].slots.take()) for index in chosen)
 
-    def unplace(self, places: tuple[tuple[int, int], ...]) -> None:
-        """Return slots that no committed root refers to."""
-        for index, slot in places:
-            if index != NOWHERE and index in self.members:
-                self.members[index].slots.give(slot)
+    def release(self, row: Stripe) -> None:
+        """Return the slots of a stripe that no committed root refers to."""
+        for shard, (index, slot) in enumerate(row.places):
+            member = self.members.get(index) if index != NOWHERE else None
+            if member is not None:
+                member.slots.give(slot)
+                if member.shards is not None and member.shards.must_delete:
+                    self.trash.append((index, row.id, shard))
 
     def new_stripe(self) -> int:
         """A stripe id that was never used. Raises NoSpace when a root must be committed first."""
@@ -248,7 +254,6 @@ class State:
 
     def root(self, committed: Committed, replicas: list[int]) -> dict[str, Any]:
         """The next root (`docs/format.md`, "Root")."""
-        top = committed.top
         return {
             "name": self.name,
             "generation": self.generation + 1,
@@ -276,7 +281,7 @@ class State:
             "checkpoint": {
                 "width": self.table.width,
                 "anchors": [stripe.to_json() for stripe in committed.anchors.values()],
-                "top": list(top) if top is not None else None,
+                "top": [list(pointer) for pointer in committed.top],
             },
             "next": {"stripe": self.stripe_limit},
         }

@@ -11,6 +11,7 @@ reported, and the engine supplies it from elsewhere.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -123,10 +124,18 @@ def touched_by(stripe: int, touched: Mapping[int, set[int]]) -> set[int]:
     return {member for member, stripes in touched.items() if stripe in stripes}
 
 
+def _target(member: int, members: Mapping[int, Target]) -> Target:
+    """A member to write to. Raises DeviceError if it was expelled after the job was planned."""
+    target = members.get(member)
+    if target is None:
+        raise DeviceError(errno.ENODEV, f"device {member} has left the pool")
+    return target
+
+
 async def _sync(member: int, members: Mapping[int, Target], outcome: Outcome) -> None:
     try:
         async with asyncio.timeout(OVERDUE_SECONDS):
-            await members[member].shards.sync()
+            await _target(member, members).shards.sync()
     except (DeviceError, TimeoutError) as error:
         outcome.failed[member] = (str(error) or _OVERDUE, False)
 
@@ -229,7 +238,7 @@ async def _write_shard(
 ) -> None:
     try:
         async with asyncio.timeout(OVERDUE_SECONDS):
-            await members[member].shards.write(stripe, shard, slot, buffers)
+            await _target(member, members).shards.write(stripe, shard, slot, buffers)
     except (DeviceError, TimeoutError) as error:
         outcome.failed[member] = (str(error) or _OVERDUE, isinstance(error, DeviceFull))
         return

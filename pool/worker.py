@@ -15,6 +15,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 from backends.open import attach
@@ -32,42 +33,70 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The parent ends the worker by closing the socket, after the last job.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = socket.socket(fileno=fd)
-    with contextlib.suppress(ConnectionError):
-        asyncio.run(_serve(connection))
+    asyncio.run(_serve(socket.socket(fileno=fd)))
 
 
 async def _serve(connection: socket.socket) -> None:
+    """Answer requests as they come; a thread receives them, so that descriptors can come along."""
+    loop = asyncio.get_running_loop()
     mover = InlineMover()
-    while True:
-        head, fds, _, _ = socket.recv_fds(connection, LENGTH.size, MAX_FDS)
-        if len(head) < LENGTH.size:
-            return
-        size, _ = LENGTH.unpack(head)
-        request = pickle.loads(_receive(connection, size))
-        answer: object
-        try:
-            answer = await _answer(mover, request, list(fds))
-        except Exception as error:
-            answer = RuntimeError(f"{type(error).__name__}: {error}")
-        message = pickle.dumps(answer, protocol=5)
-        connection.sendall(LENGTH.pack(len(message), 0) + message)
+    gone = asyncio.Event()
+    tasks: set[asyncio.Task[None]] = set()
+
+    def take(number: int, request: tuple[Any, ...], fds: list[int]) -> None:
+        task = loop.create_task(_handle(connection, mover, number, request, fds))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def receive() -> None:
+        with contextlib.suppress(ConnectionError, EOFError):
+            while True:
+                loop.call_soon_threadsafe(take, *_receive_request(connection))
+        loop.call_soon_threadsafe(gone.set)
+
+    threading.Thread(target=receive, daemon=True).start()
+    await gone.wait()
+    # The parent waits for its jobs before it closes; what is left has nobody who wants it.
+    os._exit(0)
 
 
-def _receive(connection: socket.socket, size: int) -> bytearray:
+def _receive_request(connection: socket.socket) -> tuple[int, tuple[Any, ...], list[int]]:
+    head, fds, _, _ = socket.recv_fds(connection, LENGTH.size, MAX_FDS, socket.MSG_WAITALL)
+    if len(head) < LENGTH.size:
+        raise EOFError
+    size, _ = LENGTH.unpack(head)
     data = bytearray(size)
     view = memoryview(data)
     while view:
         count = connection.recv_into(view)
         if not count:
-            raise SystemExit(0)
+            raise EOFError
         view = view[count:]
-    return data
+    number, request = pickle.loads(data)
+    return number, request, list(fds)
+
+
+async def _handle(
+    connection: socket.socket,
+    mover: InlineMover,
+    number: int,
+    request: tuple[Any, ...],
+    fds: list[int],
+) -> None:
+    answer: object
+    try:
+        answer = await _answer(mover, request, fds)
+    except Exception as error:
+        answer = RuntimeError(f"{type(error).__name__}: {error}")
+    message = pickle.dumps((number, answer), protocol=5)
+    with contextlib.suppress(ConnectionError):
+        # Answers are small; the parent always reads them.
+        connection.sendall(LENGTH.pack(len(message), 0) + message)
 
 
 async def _answer(mover: InlineMover, request: tuple[Any, ...], fds: list[int]) -> object:
     match request:
-        case ("add", index, spec, _, layout):
+        case ("add", index, spec, layout):
             await mover.add_member(index, attach(spec, fds), layout)
             return None
         case ("remove", index):

@@ -2,8 +2,8 @@
 
 It is the same in all shards but for the shard's number, and describes every block of the stripe:
 owner, address, version and checksum, and the checksums of the parity. So any one readable shard
-says what the stripe holds. `digest` covers all of it, which keeps shards of two attempts at the
-same stripe apart (R15).
+says what the stripe holds. `digest` covers pool, stripe id and all tables: shards with different
+digests come from different attempts at a stripe and must never be decoded together (R15).
 """
 
 from __future__ import annotations

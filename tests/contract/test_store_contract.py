@@ -8,7 +8,6 @@ import os
 
 import pytest
 
-from backends.attachable import worker_spec_of
 from backends.base import DeviceError, DeviceFull, DeviceGone, ObjectStore
 from backends.memory import MemoryStore
 from backends.open import attach
@@ -149,9 +148,9 @@ async def test_a_worker_sees_the_same_objects_or_the_store_says_no(store: Object
     await store.put("a", [b"abc"])
     if isinstance(store, MemoryStore):
         with pytest.raises(DeviceError, match="this process only"):
-            worker_spec_of(store)
+            store.worker_spec()
         return
-    spec, fds = worker_spec_of(store)
+    spec, fds = store.worker_spec()
     twin = attach(spec, [os.dup(fd) for fd in fds])
     assert isinstance(twin, ObjectStore)
     await twin.put("b", [b"def"])

@@ -1,10 +1,10 @@
 """Four clients in processes of their own, and the judgement of what they left behind.
 
-    with Clients(4, seed) as clients:
-        clients.start(Work(socket, "vm1"))
-        ...                                  # kill the daemon, or not
-        life = clients.finish()              # merged logs
-        life.tell(oracle, "vm1")             # for tests.sim.oracle
+with Clients(4, seed) as clients:
+    clients.start(Work(socket, "vm1"))
+    ...                                  # kill the daemon, or not
+    life = clients.finish()              # merged logs
+    life.tell(oracle, "vm1")             # for tests.sim.oracle
 """
 
 from __future__ import annotations

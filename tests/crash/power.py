@@ -94,7 +94,7 @@ class PowerDevice:
         self._cut = True
 
     def lose(self) -> Counter[str]:
-        """Decide the fate of each unsynced write, in the closed file; returns how many met which."""
+        """Decide the fate of each unsynced write, in the closed file; returns the fates' counts."""
         fates: Counter[str] = Counter()
         rng = self._rng
         bias = rng.choice((0.1, 0.5, 0.9))

@@ -6,7 +6,9 @@ killed daemon's successor, and to another host that has nothing but the devices.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -128,10 +130,9 @@ def test_two_journal_devices_are_deleted(tank: Tank) -> None:
     tank.load(daemon, 0.5)
     assert daemon.terminate()[0] == 0
 
-    # The stale ones count again: two others may go.
-    daemon = tank.serve_imported("others", tank.paths[:4])
-    tank.judge(daemon)
-    assert daemon.terminate()[0] == 0
+    # Whatever the stale ones missed is theirs alone: no other device has a fault.
+    faults = tank.run("pool", "check", "tank", "--json", state=tank.run.state.with_name("six"))
+    assert all(re.search(r"device [01]\b", line) for line in json.loads(faults.stdout)["faults"])
 
 
 def overwrite(path: Path) -> None:
@@ -164,7 +165,5 @@ def test_two_devices_lose_their_content(tank: Tank, harm: Callable[[Path], None]
     tank.judge(daemon)
     tank.load(daemon, 0.5)
     assert daemon.terminate()[0] == 0
-    faults = tank.run("pool", "check", "tank", "--json")
-    assert faults.returncode in (0, 1), faults.stderr
     daemon = tank.serve_imported("elsewhere", [tank.paths[n] for n in (0, 2, 3, 4)])
     tank.judge(daemon)

@@ -6,6 +6,7 @@ not. The volume is read back after every restart, judged, and pinned: the next l
 
 from __future__ import annotations
 
+import faulthandler
 import subprocess
 import time
 from collections import Counter
@@ -65,6 +66,8 @@ def kill_early(stripewell: Stripewell, seconds: float) -> bool:
 def test_acknowledged_writes_survive_fifty_kills(
     stripewell: Stripewell, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # It takes longer than what pytest takes for a hang; the timeout above is the limit.
+    faulthandler.cancel_dump_traceback_later()
     rng = Random(20)
     create(stripewell)
     oracle = Oracle()
@@ -97,10 +100,11 @@ def test_acknowledged_writes_survive_fifty_kills(
     laps = written // JOURNAL
     with capsys.disabled():
         print(
-            f"\n{KILLS} kills under load, {happened['killed_in_recovery']} before readiness; unflushed acknowledged writes at a kill {min(unflushed)} to "
-            f"{max(unflushed)}; {written >> 20} MiB, {laps} laps of the journal, "
-            f"{happened['checkpoints']} checkpoints, {happened['collected_stripes']} stripes "
-            f"collected; restart {np.median(restarts):.2f} s, at most {max(restarts):.2f} s"
+            f"\n{KILLS} kills under load, {happened['killed_in_recovery']} more in recovery;"
+            f" unflushed acknowledged writes at a kill: {min(unflushed)} to {max(unflushed)};"
+            f" {written >> 20} MiB, {laps} laps of the journal, {happened['checkpoints']}"
+            f" checkpoints, {happened['collected_stripes']} stripes collected; restart"
+            f" {np.median(restarts):.2f} s, at most {max(restarts):.2f} s"
         )
     assert min(unflushed) > 0
     assert min(laps, happened["checkpoints"]) > KILLS

@@ -21,7 +21,7 @@ from tests.crash.power import PowerDevice
 from tests.sim.oracle import SECTOR, Oracle
 from tests.sim.world import Client
 
-ROUNDS = 10
+ROUNDS = 50
 DEVICES = 5
 DEVICE_SIZE = 1 << 20
 VOLUME = 1 << 20
@@ -96,7 +96,7 @@ async def use(client: Client, rng: Random) -> None:
 
 
 async def lives(rig: Rig) -> None:
-    """Every round: recover (now and then the power fails in the middle of it), judge, load, fail."""
+    """Every round: recover (now and then the power fails in it, too), judge, load, fail."""
     rng = rig.rng
     for _ in range(ROUNDS):
         if rng.random() < 0.3:

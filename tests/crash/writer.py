@@ -97,7 +97,7 @@ class Writer:
         return self._log
 
     def _bury(self, client: nbd.NBD) -> None:
-        """The connection is over: only if it is so by the server's death, all is as it should be."""
+        """The connection is over. By the death of the server, or something is wrong."""
         if not (client.aio_is_dead() or client.aio_is_closed()):
             self._log.errors.append("libnbd refused a request")
         while not self._pipe.poll(POLL_MS / 1000):
@@ -113,8 +113,8 @@ class Writer:
         self._pending += 1
 
     def _change(self, client: nbd.NBD, sectors: int) -> None:
-        """Write, now and then trim or zero, somewhere. Half of it goes to a sixteenth of the volume,
-        so that clients meet."""
+        """Write, now and then trim or zero, somewhere. Half of it goes to a sixteenth of the
+        volume, so that clients meet."""
         rng = self._rng
         count = min(LARGEST, 1 << rng.randrange(9)) + rng.choice((0, 0, 0, rng.randrange(8)))
         count = min(count, LARGEST)

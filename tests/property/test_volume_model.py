@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Coroutine
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ DISK_SIZE = 1792 * KIB
 JOURNAL = 128 * KIB
 VOLUME_SIZES = [256 * KIB, 768 * KIB + BLOCK_SIZE, 3 << 20]
 
-_COUNTS = {"default": (25, 40), "large": (250, 80)}
+_COUNTS = {"default": (40, 45), "large": (500, 90)}
 EXAMPLES, STEPS = _COUNTS["large" if os.environ.get("HYPOTHESIS_PROFILE") == "large" else "default"]
 
 offsets = st.integers(0, 3 << 20)
@@ -129,6 +130,17 @@ class PoolModel(RuleBasedStateMachine):
         # No two blocks alike: a block in the wrong place must not pass for the right one.
         data = b"".join((fill + at // 7).to_bytes(4, "little") for at in range(length // 4 + 1))
         self._change(name, offset, data[:length], self.open.volume(name).write)
+
+    @rule(name=volumes, seed=st.integers(0, 1000), count=st.integers(5, 40))
+    def churn(self, name: str, seed: int, count: int) -> None:
+        """Laps of the journal, full pools and stripes that are worth collecting."""
+        rng = random.Random(seed)
+        for _ in range(count):
+            at = rng.randrange(len(self.contents[name]) // BLOCK_SIZE) * BLOCK_SIZE
+            length = rng.randrange(1, 16) * BLOCK_SIZE
+            data = rng.randbytes(min(length, len(self.contents[name]) - at))
+            if not self._change(name, at, data, self.open.volume(name).write):
+                break
 
     @rule(name=volumes, offset=offsets, blocks=st.lists(st.integers(0, 12), min_size=2, max_size=9))
     def write_batch(self, name: str, offset: int, blocks: list[int]) -> None:

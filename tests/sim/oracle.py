@@ -212,6 +212,8 @@ class _Puzzle:
         self.writer = self._writers()
         self.included = np.zeros(len(ops), bool)
         self.moment = self.issued.copy()
+        #: Zeroings that cannot be what is seen there, since order would then go in a circle.
+        self.barred = np.zeros_like(self.covers)
 
     def _writers(self) -> npt.NDArray[np.int64]:
         writer = np.full(len(self.sectors), _FOREIGN)
@@ -256,7 +258,7 @@ class _Puzzle:
         self.writer[open_] = _FOREIGN
         for i in np.argsort(self.issued, kind="stable").tolist():
             if self.zero[i]:
-                here = open_ & self.covers[i] & (self.acked[i] > newest)
+                here = open_ & self.covers[i] & (self.acked[i] > newest) & ~self.barred[i]
                 self.writer[here] = i
                 open_ &= ~here
         if open_.any():
@@ -276,15 +278,43 @@ class _Puzzle:
         x, at = np.nonzero(active)
         w = self.writer[at]
         matter = (w >= 0) & (w != x) & ~(self.zero[x] & (self.seen[at] == 0))
-        pairs = np.unique(np.stack([x[matter], w[matter]]), axis=1)
-        np.maximum.at(self.moment, pairs[1], self.moment[pairs[0]] + _STEP)
-        for front, piece in self.chain:
-            self.moment[piece] = max(self.moment[piece], self.moment[front] + _STEP)
+        chain = np.array([pair for pair in self.chain if self.included[pair[1]]], int).reshape(-1, 2)
+        pairs = np.unique(np.hstack([np.stack([x[matter], w[matter]]), chain.T]), axis=1)
+        for _ in range(len(self.ops) + 1):
+            before = self.moment.copy()
+            np.maximum.at(self.moment, pairs[1], self.moment[pairs[0]] + _STEP)
+            if np.array_equal(before, self.moment):
+                break
+        else:
+            self._break_circle(pairs, np.flatnonzero(before != self.moment))
+            return
         late = self.included & (self.moment > self.acked)
         if late.any():
             i = int(np.argmax(late))
             lost = [str(self.ops[a]) for a, b in pairs.T.tolist() if b == i]
             raise Violation(f"P3: {self.ops[i]} is seen where it had been overwritten by {lost[-4:]}")
+
+    def _break_circle(self, pairs: Ids, moving: Ids) -> None:
+        """Bar the zeroings through which the order goes in a circle. Raises Violation if none is."""
+        after: dict[int, set[int]] = {i: set() for i in moving.tolist()}
+        for a, b in pairs.T.tolist():
+            if a in after and b in after:
+                after[a].add(b)
+        for i in after:
+            reached, todo = set[int](), [*after[i]]
+            while todo:
+                todo += after[new := todo.pop()] - reached
+                reached.add(new)
+            after[i] |= reached
+        circle = [i for i, reached in after.items() if i in reached]
+        zeroings = [i for i in circle if self.zero[i]]
+        for i in zeroings:
+            met = self.covers[[j for j in circle if not self.zero[j]]].any(axis=0)
+            self.barred[i] |= met & (self.writer == i)
+        if not zeroings:
+            stories = "; ".join(str(self.ops[i]) for i in circle[:4])
+            raise Violation(f"P3: each of these is seen to overwrite the other: {stories}")
+        self.moment = self.issued.copy()
 
     def _story(self, at: int) -> str:
         found = [str(op) for i, op in enumerate(self.ops) if self.covers[i, at] & self.included[i]]

@@ -14,7 +14,6 @@ import asyncio
 import errno
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -27,6 +26,8 @@ from .oracle import SECTOR, Op, Oracle, Violation, stamp
 
 KIB = 1024
 BLOCK_SECTORS = 8
+#: So little that map leaves are paged out and in.
+LEAF_BUDGET = 64 * KIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class Shape:
     data: int
     parity: int
     devices: int
-    device_kib: int = 1024
-    journal_kib: int = 128
+    device_kib: int = 1152
+    journal_kib: int = 256
     slot_kib: int = 16
 
     @property
@@ -66,6 +67,8 @@ class Rig:
     events: Counter[str] = field(init=False, default_factory=Counter)
     #: Devices that faults may touch: as many as parity can replace.
     unlucky: set[str] = field(init=False, default_factory=set)
+    #: Devices that are not at hand when the pool is opened.
+    missing: set[str] = field(init=False, default_factory=set)
     power_lost: bool = False
     client: Client | None = field(init=False, default=None)
     devices: dict[str, SimDevice] = field(init=False, default_factory=dict)
@@ -83,25 +86,25 @@ class Rig:
         members = [MemberSpec(device) for device in self.devices.values()]
         await create_pool(spec, members, rng=Random(self.seed))
 
-    async def open(self, without: Iterable[str] = (), *, leaf_budget: int = 64 * KIB) -> Client:
-        """Open the pool on all devices at hand but some."""
-        left_out = set(without)
-        devices = [device for name, device in self.devices.items() if name not in left_out]
+    async def open(self) -> Client:
+        """Open the pool on all devices at hand but the missing ones."""
+        devices = [device for name, device in self.devices.items() if name not in self.missing]
         clock = asyncio.get_running_loop().time
         pool = await Pool.open(
             devices, mover=InlineMover(), rng=Random(self.seed), now=clock,
-            leaf_budget=leaf_budget,
+            leaf_budget=LEAF_BUDGET,
         )  # fmt: skip
-        self.events["returned_stale"] += len(self.expelled & (self.devices.keys() - left_out))
-        self.expelled &= left_out
+        self.events["returned_stale"] += len(self.expelled & (self.devices.keys() - self.missing))
+        self.expelled &= self.missing | (set(self.shape.names) - self.devices.keys())
         self.client = Client(pool, self.oracle, self.world.rng, self.events)
         return self.client
 
     def end_life(self, *, power: bool, fate: str | None = None, crash_at: int | None = None) -> None:
         """The process dies, with or without the power; the next life begins."""
         self.note_counters()
+        # What was not flushed is perhaps only on a device that is missing (P1 needs them all).
+        self.power_lost = self.power_lost or power or bool(self.missing)
         if power:
-            self.power_lost = True
             self.world.crash(fate)
             self.events["power_losses"] += 1
         else:
@@ -163,6 +166,11 @@ class Client:
         #: Journal positions behind trims, and what deleted volumes occupied: what reuse is seen by.
         self._trims: list[int] = []
         self._deleted: list[tuple[int, set[tuple[int, int]]]] = []
+
+    def count(self, name: str) -> int:
+        """One of the engine's counters."""
+        counters: dict[str, int] = self.pool.status()["counters"]
+        return counters.get(name, 0)
 
     def note_reuse(self) -> None:
         """Count laps of the journal, trims whose journal space was overwritten, and deleted volumes

@@ -47,3 +47,17 @@ def test_files_that_are_named_exist(document: Path) -> None:
         if path.split("/")[0] in FOLDERS and not any(place.exists() for place in places):
             missing.append(path)
     assert missing == []
+
+
+def test_sections_that_the_code_cites_exist() -> None:
+    """A docstring that sends a reader to a section finds it."""
+    cited = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for name, section in re.findall(
+                r'`docs/(\w+\.md)`, "([^"]+)"', " ".join(path.read_text().split())
+            ):
+                headings = (ROOT / "docs" / name).read_text().splitlines()
+                cited.append(section)
+                assert any(h.lstrip("#") == f" {section}" for h in headings), (path, section)
+    assert cited

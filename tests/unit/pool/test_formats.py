@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,7 +81,7 @@ def test_superblock_of_a_newer_revision_says_so() -> None:
     image[8:10] = (superblock.REVISION + 1).to_bytes(2, "little")
     with pytest.raises(FormatError):
         superblock.decode(bytes(image))
-    image[252:256] = superblock.crc32c(image[:252]).to_bytes(4, "little")
+    image[252:256] = crc32c(image[:252]).to_bytes(4, "little")
     with pytest.raises(PoolError, match="newer than this stripewell.*use a newer stripewell"):
         superblock.decode(bytes(image))
 
@@ -139,12 +140,12 @@ def test_record_round_trip(
 
 def test_record_damage() -> None:
     block, _ = make_record([(record.KIND_DATA, 1, 5, 3), (record.KIND_TRIM, 1, 9, 99)])
-    every_damage(bytes(block), record.decode, same=record.decode(block))
+    every_damage(bytes(block), record.decode, same=record.decode(bytes(block)))
 
 
 def test_the_largest_record_fits_its_block() -> None:
     block, _ = make_record([(record.KIND_DATA, 1, 0, record.MAX_BLOCKS)])
-    assert len(record.decode(block).crcs) == record.MAX_BLOCKS
+    assert len(record.decode(bytes(block)).crcs) == record.MAX_BLOCKS
 
 
 @given(st.binary(max_size=200))

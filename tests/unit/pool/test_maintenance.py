@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from pool.maintenance import STEP_STRIPES, Situation, Step, decide
 from pool.state import RESERVE_STRIPES
 from tests.sim.loop import run
-
 from tests.unit.pool.support import MIB, make_disks, make_pool, open_pool
 
 CALM = Situation(
-    journal_size=1024, journal_used=100, journal_unpacked=100, stripe_blocks=12, free=900,
+    journal_size=1024, journal_used=300, journal_unpacked=300, stripe_blocks=12, free=900,
     total=1000, dead=0, collectable=True, dropped_layer=False, dirty_seconds=1.0,
     waiting_writers=False, starved=False,
 )  # fmt: skip
@@ -27,7 +26,9 @@ CALM = Situation(
     ("change", "wanted"),
     [
         ({}, Step.DESTAGE),
-        ({"journal_unpacked": 96}, Step.WAIT),
+        ({"journal_unpacked": 256}, Step.WAIT),
+        ({"quiet": False}, Step.WAIT),
+        ({"quiet": False, "journal_used": 400, "journal_unpacked": 400}, Step.DESTAGE),
         ({"starved": True}, Step.WAIT),
         ({"starved": True, "journal_used": 600, "journal_unpacked": 600}, Step.DRAIN),
         ({"journal_unpacked": 10, "waiting_writers": True, "journal_used": 10}, Step.DRAIN),
@@ -56,10 +57,10 @@ def situations(draw: st.DrawFn) -> Situation:
     total = draw(st.integers(4 * RESERVE_STRIPES, 2000))
     free = draw(st.one_of(st.integers(0, 20), st.integers(0, total)).filter(lambda n: n <= total))
     dead = draw(st.integers(0, total - free))
-    flags = [draw(st.booleans()) for _ in range(4)]
+    flags = [draw(st.booleans()) for _ in range(5)]
     return Situation(
         size, used, draw(st.integers(0, used)), draw(st.integers(1, 2000)), free, total, dead,
-        flags[0], flags[1], draw(st.floats(0, 60)), flags[2], flags[3],
+        flags[0], flags[1], draw(st.floats(0, 60)), *flags[2:],
     )  # fmt: skip
 
 

@@ -120,7 +120,9 @@ def test_a_record_that_was_synced_and_is_missing_is_damage() -> None:
     """The record behind it says so."""
     written = Written([1, 3, 3], flush_after=(1,))
     written.spoil_everywhere(written.ends[0])
-    with pytest.raises(PoolError, match=f"records from {written.ends[0]} to {written.ends[1]} were"):
+    with pytest.raises(
+        PoolError, match=f"records from {written.ends[0]} to {written.ends[1]} were"
+    ):
         written.follow()
 
 
@@ -222,16 +224,15 @@ def test_rewriting_makes_every_replica_whole() -> None:
     blank = Disk("blank", SIZE * BLOCK_SIZE)
     targets = [(disk.open(), 0, chain.durable) for disk in written.disks]
     run(rewrite(written.sources(), [*targets, (blank.open(), 0, START)], chain, SIZE))
-    for disk in (*written.disks, blank):
-        assert disk.data[: (chain.end - START) * BLOCK_SIZE] == (
-            written.clean[0][: (chain.end - START) * BLOCK_SIZE]
-        )
-        assert disk.syncs
+    length = (chain.end - START) * BLOCK_SIZE
+    for target in (*written.disks, blank):
+        assert target.data[:length] == written.clean[0][:length]
+        assert target.syncs
 
 
 def test_rewriting_unites_what_no_replica_can_read_in_full() -> None:
     """Two disks with a bad sector each: a new replica still gets every block."""
-    written = Written([4, 4, 4], flush_after=(2,))
+    written = Written([4, 4, 4, 1], flush_after=(2,))
     for disk, block in ((0, 2), (1, 7), (2, 9)):
         within = (block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
         written.disks[disk].script.add(Rule(READS, Fail(), times=None, within=within))
