@@ -24,19 +24,19 @@ async def destage(moving: Moving, stripes: int, *, force: bool) -> int:
     want = stripes * state.shape().blocks
     taken: list[JournalExtent] = []
     builder = Builder()
-    while state.fifo and len(builder) < want and len(taken) < want * 4:
-        extent = state.fifo[0]
-        if not add_live(moving, extent, builder):
-            await moving.loader.ensure((extent[1], number) for number in _leaves(extent))
-            continue
-        # What is taken is put back unless it was moved: the checkpoint must see it.
-        taken.append(state.fifo.popleft())
-        if len(taken) % SLICE == 0:
-            await asyncio.sleep(0)
-    live = builder.build()
-    keep = 0 if force else len(live) % state.shape().blocks
-    moved = live[: len(live) - keep]
     try:
+        while state.fifo and len(builder) < want and len(taken) < want * 4:
+            extent = state.fifo[0]
+            if not add_live(moving, extent, builder):
+                await moving.loader.ensure((extent[1], number) for number in _leaves(extent))
+                continue
+            # What is taken is put back unless it was moved: the checkpoint must see it.
+            taken.append(state.fifo.popleft())
+            if len(taken) % SLICE == 0:
+                await asyncio.sleep(0)
+        live = builder.build()
+        keep = 0 if force else len(live) % state.shape().blocks
+        moved = live[: len(live) - keep]
         if len(moved):
             # Nothing that the stripes hold may be younger than what the journal can lose (R9).
             await state.journal.flush(int(moved.locations.max() & POSITION_MASK) + 1)

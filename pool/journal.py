@@ -30,6 +30,7 @@ from backends.base import BLOCK_SIZE, Buffer, Device, DeviceError
 from pool.errors import PoolStopped
 from pool.format import record
 from pool.format.record import EXTENT, KIND_CATALOG, KIND_DATA, ROOM
+from pool.overdue import READ_SECONDS, WRITE_SECONDS, answer
 
 #: The ring's size at most; unreplicated bytes never exceed it.
 RING_BYTES = 32 << 20
@@ -40,8 +41,6 @@ IDLE_SECONDS = 0.05
 UNSYNCED_BLOCKS = 2048
 #: The most one write to a replica carries.
 CHUNK_BLOCKS = 1024
-#: A sync or write that takes longer counts as failed (R4).
-OVERDUE_SECONDS = 30.0
 
 
 @dataclass(slots=True)
@@ -436,9 +435,7 @@ class Journal:
             segments = list(self._segments(replica, start, end))
             at_once = must_sync and last and len(segments) == 1 and replica.synced == start
             replica.reading = start
-            async with _overdue(replica):
-                for offset, views in segments:
-                    await replica.device.write(offset, views, sync=at_once)
+            await answer(_write(replica, segments, at_once), WRITE_SECONDS, replica.device.url)
             replica.reading = None
             # An append may have brought it further meanwhile.
             replica.written = max(replica.written, end)
@@ -449,8 +446,7 @@ class Journal:
         unsynced = replica.written - replica.synced
         if unsynced and (must_sync or unsynced > UNSYNCED_BLOCKS):
             reached = replica.written
-            async with _overdue(replica):
-                await replica.device.sync()
+            await answer(replica.device.sync(), WRITE_SECONDS, replica.device.url)
             replica.synced = max(replica.synced, reached)
             return True
         return start < end
@@ -464,15 +460,14 @@ class Journal:
                 continue
             end = min(end, source.written)
             try:
-                data = await source.device.read(
-                    self.offset(source, start), (end - start) * BLOCK_SIZE
-                )
+                read = source.device.read(self.offset(source, start), (end - start) * BLOCK_SIZE)
+                data = await answer(read, READ_SECONDS, source.device.url)
             except DeviceError as error:
                 source.failed = True
                 self._on_failure(source.member, error)
                 continue
-            async with _overdue(replica):
-                await replica.device.write(self.offset(replica, start), [data])
+            write = replica.device.write(self.offset(replica, start), [data])
+            await answer(write, WRITE_SECONDS, replica.device.url)
             replica.written = max(replica.written, end)
             if replica.written >= self._staged - self._ring_blocks:
                 replica.follows = True
@@ -547,22 +542,6 @@ class Journal:
                 waiter.set_exception(PoolStopped(self._stopped))
 
 
-class _overdue:
-    """A time limit that turns into a DeviceError."""
-
-    __slots__ = ("_replica", "_timeout")
-
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-        self._timeout = asyncio.timeout(OVERDUE_SECONDS)
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *exc: object) -> None:
-        try:
-            await self._timeout.__aexit__(*exc)  # type: ignore[arg-type]
-        except TimeoutError:
-            raise DeviceError(
-                110, f"{self._replica.device.url}: no answer for {OVERDUE_SECONDS:.0f} s"
-            ) from None
+async def _write(replica: Replica, segments: list[tuple[int, list[Buffer]]], sync: bool) -> None:
+    for offset, views in segments:
+        await replica.device.write(offset, views, sync=sync)

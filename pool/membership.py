@@ -16,11 +16,10 @@ from pool.errors import PoolError, PoolStopped
 from pool.format import superblock
 from pool.journal import Replica
 from pool.member import Member, MemberState
+from pool.overdue import WRITE_SECONDS, answer
 from pool.roots import quorum
 from pool.state import STRIPE_WINDOW, Committed, State
 
-#: A root write that takes longer counts as failed.
-OVERDUE_SECONDS = 30.0
 #: Stripe ids left at which a root reserves the next window.
 STRIPE_LOW = STRIPE_WINDOW // 2
 
@@ -66,11 +65,12 @@ class Membership:
             await self._commit(state.committed, replicas)
 
     async def name_replicas(self, replicas: list[int]) -> None:
-        """Commit a root with these journal replicas, before the journal runs; nothing if the last
-        one says so already. Raises PoolStopped."""
-        if sorted(replicas) != sorted(self._replicas):
+        """Commit a root with these journal replicas, all whole, before the journal runs; nothing if
+        the last one says so already. Raises PoolStopped."""
+        if sorted(replicas) != sorted(self._replicas) or self._state.behind:
             async with self._lock:
                 self._replicas = replicas
+                self._state.behind.clear()
                 await self._commit(self._state.committed, replicas)
 
     async def _commit(self, committed: Committed, replicas: list[int]) -> None:
@@ -113,15 +113,14 @@ class Membership:
         for member, result in zip(targets, results, strict=True):
             if isinstance(result, int):
                 taken[member.index] = result
-            elif isinstance(result, DeviceError | TimeoutError):
-                self._failed[member.index] = str(result) or "no answer"
+            elif isinstance(result, DeviceError):
+                self._failed[member.index] = str(result)
             else:
                 raise result
         return taken
 
     async def _write(self, member: Member, root: dict[str, object]) -> int:
-        async with asyncio.timeout(OVERDUE_SECONDS):
-            return await member.write_root(root, self._state.uuid)
+        return await answer(member.write_root(root, self._state.uuid), WRITE_SECONDS, member.url)
 
     def _stop(self, why: str) -> None:
         self._state.stop(why)

@@ -17,14 +17,16 @@ from pool.format.page import Pointer
 from pool.format.record import FLAG_TERM_START, TERM_SHIFT
 from pool.format.superblock import Superblock
 from pool.fsck import check_pool
-from pool.journal import OVERDUE_SECONDS, Journal, Replica
+from pool.journal import Journal, Replica
 from pool.loader import Loader
 from pool.member import Member, MemberState, read_superblocks
 from pool.membership import Membership, choose_journal
 from pool.mover import Mover
+from pool.overdue import READ_SECONDS
 from pool.placement import NoSpace
 from pool.reader import Reader
 from pool.recovery import Source
+from pool.replicas import Copy, forgetful, mapped
 from pool.roots import Found, active, check_enough, choose_root
 from pool.state import LEAF_BUDGET, Committed, State
 from pool.status import describe
@@ -191,7 +193,8 @@ class Pool:
 
     def status(self) -> dict[str, Any]:
         """What `pool status --json` prints."""
-        return describe(self._state, volumes=len(self._volumes))
+        stopped = None if self._read_only else self._state.stopped
+        return describe(self._state, volumes=len(self._volumes), stopped=stopped)
 
     async def check(self, progress: Progress | None = None) -> list[str]:
         """Verify everything against everything; returns one line per fault."""
@@ -236,7 +239,7 @@ async def _find(
 
 async def _superblocks(backend: Device | ObjectStore) -> list[tuple[int, Superblock]]:
     """A backend that does not answer is as good as absent: it must not hold up the others."""
-    async with asyncio.timeout(OVERDUE_SECONDS):
+    async with asyncio.timeout(READ_SECONDS):
         return await read_superblocks(backend)
 
 
@@ -262,6 +265,7 @@ def _state(root: Superblock, mover: Mover, rng: random.Random, now: Callable[[],
             writer=rng.randbytes(16).hex(), term=body["term"],
             next_stripe=body["next"]["stripe"], stripe_limit=body["next"]["stripe"],
             committed=committed,
+            behind={row["member"] for row in stream["replicas"] if row.get("behind")},
         )  # fmt: skip
     except (KeyError, IndexError, TypeError, ValueError, FormatError) as error:
         raise PoolError(f"the pool's root is damaged: {error!r}") from None
@@ -291,6 +295,9 @@ def _attach(
         member.committed_slot = item.slot
         if member.state is MemberState.ACTIVE:
             present.add(member.index)
+            if item.block.digest != root.digest:
+                # It missed a commit at least; it may be an old copy of the device (R24).
+                state.behind.add(member.index)
         else:
             # Shards never change once written, so whatever the table still names on it is good, and
             # is verified as it is read; what it missed was never placed on it (R24).
@@ -334,11 +341,15 @@ async def _recover(
             "no journal replica is present; missing: "
             + ", ".join(state.members[index].url for index in listed)
         )
+    # One that may be an old copy is asked last, for what the others don't have (R24).
+    sources.sort(key=lambda source: source.member in state.behind)
     committed = state.committed
     backlog = await recovery.backlog(sources, committed.tail, committed.replay)
     chain = await recovery.follow(
         sources, committed.replay, committed.version, committed.previous, committed.durable
     )
+    records = [*backlog, *chain.records]
+    lost: set[int] = set()
     recovery.refill(state, backlog)
     if read_only:
         # What was never packed is read from the replicas as they are.
@@ -348,9 +359,19 @@ async def _recover(
             for s in sources
         ]
     else:
-        replicas = await _start_term(engine, sources, chain, returned)
+        state.behind |= await forgetful(sources, records, chain.durable)
+        sources.sort(key=lambda source: source.member in state.behind)
+        copy = Copy(sources, chain, records, committed.tail)
+        replicas = await _start_term(engine, copy, returned)
+        lost = copy.lost
     await recovery.preload(state, engine.loader, chain)
     await recovery.replay(state, engine.loader, chain)
+    unreadable = await mapped(state, engine.loader, records, lost)
+    if unreadable:
+        state.problems["journal"] = (
+            f"{unreadable} blocks of the journal cannot be read from any device that is present: "
+            "reading them gives errors until they are overwritten"
+        )
     state.update_limit()
     journal = Journal(
         stream=1,
@@ -362,7 +383,7 @@ async def _recover(
         previous=chain.previous,
         on_failure=engine.member_failed,
     )
-    journal.starts.extend(header.position for header in (*backlog, *chain.records))
+    journal.starts.extend(header.position for header in records)
     state._journal = journal
     if read_only:
         return
@@ -375,12 +396,10 @@ async def _recover(
     await journal.flush()
 
 
-async def _start_term(
-    engine: Engine, sources: list[Source], chain: recovery.Chain, returned: set[int]
-) -> list[Replica]:
+async def _start_term(engine: Engine, copy: Copy, returned: set[int]) -> list[Replica]:
     """Commit the new term, then write the recovered journal to every replica of it (R1, R6)."""
     state, membership = engine.state, engine.membership
-    old = {source.member for source in sources}
+    old = copy.members
     # The root names a new replica only when it holds the journal: a crash may come before.
     await membership.start_term(sorted(old), returned)
     whole: list[Member] = []
@@ -398,13 +417,17 @@ async def _start_term(
             if all(member.present for member in whole):
                 break
             continue
-        start = chain.durable if target.index in old else state.committed.tail
         try:
-            await _rewrite(target, sources, min(start, chain.end), chain, state.journal_blocks)
+            assert isinstance(target.backend, Device)
+            offset = target.layout.journal_offset
+            await copy.to(
+                Source(target.index, target.backend, offset, state.journal_blocks),
+                whole=target.index in old - state.behind,
+            )
             whole.append(target)
         except DeviceError as error:
             engine.member_failed(target.index, error)
-    return [_replica(member, state.committed.tail, chain.end) for member in whole]
+    return [_replica(member, state.committed.tail, copy.end) for member in whole]
 
 
 def _next_replica(state: State, old: set[int], whole: list[Member]) -> Member | None:
@@ -417,18 +440,6 @@ def _next_replica(state: State, old: set[int], whole: list[Member]) -> Member | 
     if len(whole) > state.parity:
         return None
     return choose_journal(state.active(), done)
-
-
-async def _rewrite(
-    member: Member, sources: list[Source], start: int, chain: recovery.Chain, blocks: int
-) -> None:
-    assert isinstance(member.backend, Device)
-    target = (member.backend, member.layout.journal_offset, start)
-    try:
-        async with asyncio.timeout(OVERDUE_SECONDS):
-            await recovery.rewrite(sources, [target], chain, blocks)
-    except TimeoutError:
-        raise DeviceError(110, f"{member.url}: no answer for {OVERDUE_SECONDS:.0f} s") from None
 
 
 def _replica(member: Member, tail: int, end: int) -> Replica:

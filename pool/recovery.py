@@ -1,4 +1,4 @@
-"""Opening a pool: committed checkpoint plus journal (R2, R6, R16, R20).
+"""Opening a pool: committed checkpoint plus journal (R2, R16, R20).
 
 Everything that is not in the committed checkpoint is in the journal behind its replay position,
 because journal space and slots are released only by a committed root (R21). So recovery reads no
@@ -7,7 +7,8 @@ still where they were moved from. That is stronger than R16 and R20 ask, and is 
 grow with the pool (`docs/decisions/0002-recovery.md`).
 
 The chain is read from whichever replica continues it. What may not be on all replicas yet (behind
-`durable`) is verified block by block over all of them, and written to all before the pool serves.
+`durable`) is verified block by block over all of them, and written to all before the pool serves
+(`pool.replicas`).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Chain:
     catalog: dict[int, bytes] = field(default_factory=dict)
 
 
-class _Window:
+class Window:
     """Buffered reading of one replica."""
 
     def __init__(self, source: Source) -> None:
@@ -116,7 +117,7 @@ async def follow(
 ) -> Chain:
     """Follow the chain of records from `replay`. Raises PoolError if a record is missing that was
     known to be synced on all replicas: that is damage, not a torn tail (R2)."""
-    windows = [_Window(source) for source in sources]
+    windows = [Window(source) for source in sources]
     chain = Chain(end=replay, version=version, previous=previous, durable=durable)
     group: list[tuple[Record, dict[int, bytes]]] = []
     position = replay
@@ -150,7 +151,7 @@ async def follow(
 async def backlog(sources: Sequence[Source], tail: int, replay: int) -> list[Record]:
     """The records between the tail and the replay position: the checkpoint has their effect, but
     live blocks are still among them. Raises PoolError if one cannot be read."""
-    windows = [_Window(source) for source in sources]
+    windows = [Window(source) for source in sources]
     records: list[Record] = []
     position = tail
     while position < replay:
@@ -186,7 +187,7 @@ def _accept(chain: Chain, group: list[tuple[Record, dict[int, bytes]]]) -> None:
 
 
 async def _next(
-    windows: list[_Window], position: int, version: int, previous: int, durable: int
+    windows: list[Window], position: int, version: int, previous: int, durable: int
 ) -> tuple[Record, dict[int, bytes]] | None:
     """The record at a position and its verified blocks, from whichever replicas have them."""
     for window in windows:
@@ -222,7 +223,7 @@ def _is_catalog(header: Record, index: int) -> bool:
     return False
 
 
-async def _verified(windows: list[_Window], position: int, crc: int) -> bytes | None:
+async def _verified(windows: list[Window], position: int, crc: int) -> bytes | None:
     for window in windows:
         data = await window.block(position)
         if data is not None and crc32c(data) == crc:
@@ -230,7 +231,7 @@ async def _verified(windows: list[_Window], position: int, crc: int) -> bytes | 
     return None
 
 
-async def _proof(windows: list[_Window], chain: Chain) -> int:
+async def _proof(windows: list[Window], chain: Chain) -> int:
     """The highest `durable` claimed by records shortly behind a broken chain; 0 if there are
     none."""
     best = 0
@@ -364,46 +365,3 @@ async def preload(state: State, loader: Loader, chain: Chain) -> None:
                 last = (extent.block + extent.count - 1) >> LEAF_SHIFT
                 needed.update((extent.layer, number) for number in range(first, last + 1))
     await loader.ensure(needed)
-
-
-async def rewrite(
-    sources: Sequence[Source], targets: Sequence[tuple[Device, int, int]], chain: Chain, blocks: int
-) -> None:
-    """Make every target hold the journal from its first position to the end of the chain, synced
-    (R6).
-
-    Targets are (device, offset of its journal, first position it lacks). Raises DeviceError."""
-    for device, offset, start in targets:
-        position = start
-        while position < chain.end:
-            count = min(READ_AHEAD, chain.end - position, blocks - position % blocks)
-            data = await _gather(sources, chain, position, count)
-            await device.write(offset + position % blocks * BLOCK_SIZE, [data])
-            position += count
-        await device.sync()
-
-
-async def _gather(sources: Sequence[Source], chain: Chain, position: int, count: int) -> bytearray:
-    """Journal blocks: verified ones where the chain has them, else as a replica has them."""
-    data = bytearray(count * BLOCK_SIZE)
-    if any(position + i not in chain.tail for i in range(count)):
-        data[:] = await _as_stored(sources, position, count)
-    for i in range(count):
-        known = chain.tail.get(position + i)
-        if known is not None:
-            data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] = known
-    return data
-
-
-async def _as_stored(sources: Sequence[Source], position: int, count: int) -> bytes:
-    """Journal blocks from whichever replica can read them. One that none can read is zeros here:
-    the map's checksum refuses those."""
-    for source in sources:
-        try:
-            async with asyncio.timeout(OVERDUE_SECONDS):
-                return await source.device.read(source.at(position), count * BLOCK_SIZE)
-        except (DeviceError, TimeoutError):
-            continue
-    if count == 1:
-        return bytes(BLOCK_SIZE)
-    return b"".join([await _as_stored(sources, position + i, 1) for i in range(count)])

@@ -95,6 +95,8 @@ class State:
     used: int = 0
     reserved: int = 0
     limit: int = 0
+    #: Members whose copy of the journal may lack what was synced (`pool.replicas`).
+    behind: set[int] = field(default_factory=set)
     #: (member, stripe, shard) of objects that nothing refers to any more.
     trash: list[tuple[int, int, int]] = field(default_factory=list)
     #: What an operator should know, by kind.
@@ -252,6 +254,10 @@ class State:
 
     # -- the root ----------------------------------------------------------------------------
 
+    def _replica(self, index: int) -> dict[str, Any]:
+        row = {"member": index, "offset": self.members[index].layout.journal_offset}
+        return row | {"behind": True} if index in self.behind else row
+
     def root(self, committed: Committed, replicas: list[int]) -> dict[str, Any]:
         """The next root (`docs/format.md`, "Root")."""
         return {
@@ -272,10 +278,7 @@ class State:
                     "replay": committed.replay,
                     "version": committed.version,
                     "previous": committed.previous,
-                    "replicas": [
-                        {"member": index, "offset": self.members[index].layout.journal_offset}
-                        for index in replicas
-                    ],
+                    "replicas": [self._replica(index) for index in replicas],
                 }
             ],
             "checkpoint": {

@@ -12,18 +12,19 @@ from pool.state import State
 from pool.table import NOWHERE
 
 
-def describe(state: State, *, volumes: int) -> dict[str, Any]:
-    """A JSON-able picture of the pool; sizes in bytes."""
+def describe(state: State, *, volumes: int, stopped: str | None) -> dict[str, Any]:
+    """A JSON-able picture of the pool; sizes in bytes. `stopped` says why writes are refused, if
+    they should not be."""
     journal = state._journal
     degraded, narrow = _stripe_health(state)
-    problems = _problems(state)
+    problems = _problems(state, stopped)
     used = state.used * BLOCK_SIZE
     capacity = state.limit * BLOCK_SIZE
     replicas = [r.member for r in journal.replicas if not r.failed] if journal else []
     return {
         "name": state.name,
         "uuid": state.uuid.hex(),
-        "state": _state(state, degraded, problems),
+        "state": _state(state, stopped, degraded, problems),
         "data": state.data,
         "parity": state.parity,
         "generation": state.generation,
@@ -57,8 +58,8 @@ def _stripe_health(state: State) -> tuple[int, int]:
     return int(away.sum()), int((widths < state.data).sum())
 
 
-def _problems(state: State) -> list[str]:
-    found = [state.stopped] if state.stopped else []
+def _problems(state: State, stopped: str | None) -> list[str]:
+    found = [stopped] if stopped else []
     found += list(state.problems.values())
     for member in state.members.values():
         if member.state == "gone" or member.backend is None:
@@ -76,8 +77,8 @@ def _problems(state: State) -> list[str]:
     return found
 
 
-def _state(state: State, degraded: int, problems: list[str]) -> str:
-    if state.stopped:
+def _state(state: State, stopped: str | None, degraded: int, problems: list[str]) -> str:
+    if stopped:
         return "read-only"
     if state.used >= state.limit:
         return "full"

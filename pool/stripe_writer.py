@@ -26,12 +26,12 @@ from pool.erasure import codec
 from pool.format import stripe as stripe_format
 from pool.format.geometry import Geometry
 from pool.format.stripe import Contents
+from pool.overdue import READ_SECONDS, WRITE_SECONDS, answer
 from pool.shards import Shards
 from pool.table import NOWHERE
 
-#: A device that takes longer counts as failed: it must not hold up the others.
-OVERDUE_SECONDS = 30.0
-_OVERDUE = f"no answer for {OVERDUE_SECONDS:.0f} s"
+#: Idle buffers of one size that are kept: fresh memory costs as much as copying into it.
+SPARE_BUFFERS = 8
 
 
 class JournalSource(NamedTuple):
@@ -102,15 +102,40 @@ class Target:
     shards: Shards
 
 
+class _Spare:
+    """Buffers between two uses, by size."""
+
+    def __init__(self) -> None:
+        self._idle: dict[int, list[memoryview]] = {}
+
+    def take(self, size: int) -> memoryview:
+        """A buffer with any content."""
+        idle = self._idle.get(size)
+        return idle.pop() if idle else memoryview(bytearray(size))
+
+    def give(self, *buffers: memoryview) -> None:
+        """Take back buffers that nobody uses any more."""
+        for buffer in buffers:
+            idle = self._idle.setdefault(len(buffer), [])
+            if len(idle) < SPARE_BUFFERS:
+                idle.append(buffer)
+
+
+_spare = _Spare()
+
+
 async def run(job: Job, members: Mapping[int, Target]) -> Outcome:
     """Write the stripes of a job. Raises nothing but bugs; device errors are in the outcome."""
     outcome = Outcome()
     touched: dict[int, set[int]] = {}
     for stripe in job.stripes:
-        data = await _gather(stripe, members, outcome)
-        if data is None:
-            continue
-        await _write(job.pool, stripe, data, members, outcome, touched)
+        data = _spare.take(stripe.shape.blocks * BLOCK_SIZE)
+        parity = [_spare.take(stripe.shape.shard_bytes) for _ in range(stripe.shape.parity)]
+        if await _gather(stripe, data, members, outcome):
+            await _write(job.pool, stripe, data, parity, members, outcome, touched)
+        if not outcome.failed:
+            # A write that was left behind may still read its buffer.
+            _spare.give(data, *parity)
     await asyncio.gather(*(_sync(member, members, outcome) for member in touched))
     for stripe in job.stripes:
         wrote = touched_by(stripe.stripe, touched)
@@ -134,17 +159,17 @@ def _target(member: int, members: Mapping[int, Target]) -> Target:
 
 async def _sync(member: int, members: Mapping[int, Target], outcome: Outcome) -> None:
     try:
-        async with asyncio.timeout(OVERDUE_SECONDS):
-            await _target(member, members).shards.sync()
-    except (DeviceError, TimeoutError) as error:
-        outcome.failed[member] = (str(error) or _OVERDUE, False)
+        shards = _target(member, members).shards
+        await answer(shards.sync(), WRITE_SECONDS, f"device {member}")
+    except DeviceError as error:
+        outcome.failed[member] = (str(error), False)
 
 
 async def _gather(
-    job: StripeJob, members: Mapping[int, Target], outcome: Outcome
-) -> memoryview | None:
-    """The stripe's data blocks, verified; None if some could not be had."""
-    data = memoryview(bytearray(job.shape.blocks * BLOCK_SIZE))
+    job: StripeJob, data: memoryview, members: Mapping[int, Target], outcome: Outcome
+) -> bool:
+    """Fill `data` with the stripe's blocks, verified. False if some could not be had."""
+    data[job.used * BLOCK_SIZE :] = bytes(len(data) - job.used * BLOCK_SIZE)
     for at, content in job.inline:
         data[at * BLOCK_SIZE : at * BLOCK_SIZE + len(content)] = content
     bad: set[int] = set()
@@ -158,7 +183,7 @@ async def _gather(
     if found != expected:
         bad.update(i for i, crc in enumerate(found) if crc != expected[i])
     outcome.bad.extend((job.stripe, at) for at in sorted(bad))
-    return None if bad else data
+    return not bad
 
 
 def _try_read(
@@ -182,15 +207,15 @@ async def _read(
     if target is None:
         return False
     try:
-        async with asyncio.timeout(OVERDUE_SECONDS):
-            if isinstance(source, JournalSource):
-                assert isinstance(target.backend, Device)
-                view[:] = await target.backend.read(source.offset, len(view))
-            else:
-                view[:] = await target.shards.read(
-                    source.stripe, source.shard, source.slot, source.offset, len(view)
-                )
-    except (DeviceError, TimeoutError):
+        if isinstance(source, JournalSource):
+            assert isinstance(target.backend, Device)
+            read = target.backend.read(source.offset, len(view))
+        else:
+            read = target.shards.read(
+                source.stripe, source.shard, source.slot, source.offset, len(view)
+            )
+        view[:] = await answer(read, READ_SECONDS, f"device {source.member}")
+    except DeviceError:
         return False
     return True
 
@@ -199,6 +224,7 @@ async def _write(
     pool: bytes,
     job: StripeJob,
     data: memoryview,
+    parity: list[memoryview],
     members: Mapping[int, Target],
     outcome: Outcome,
     touched: dict[int, set[int]],
@@ -207,11 +233,9 @@ async def _write(
     shape = job.shape
     size = shape.shard_bytes
     shards: list[Buffer] = [data[i * size : (i + 1) * size] for i in range(shape.data)]
-    parity = [memoryview(bytearray(size)) for _ in range(shape.parity)]
     if parity:
         codec(shape.data, shape.parity).encode(shards, parity)
-    for at in range(job.used, shape.blocks):
-        job.crcs[at] = _ZERO_CRC
+    job.crcs[job.used :] = _ZERO_CRC
     crcs = np.concatenate([job.crcs, *(np.array(block_crcs(view), np.uint32) for view in parity)])
     headers = stripe_format.encode(
         pool=pool, stripe=job.stripe, kind=job.kind, shape=shape, used=job.used,
@@ -237,10 +261,10 @@ async def _write_shard(
     outcome: Outcome,
 ) -> None:
     try:
-        async with asyncio.timeout(OVERDUE_SECONDS):
-            await _target(member, members).shards.write(stripe, shard, slot, buffers)
-    except (DeviceError, TimeoutError) as error:
-        outcome.failed[member] = (str(error) or _OVERDUE, isinstance(error, DeviceFull))
+        write = _target(member, members).shards.write(stripe, shard, slot, buffers)
+        await answer(write, WRITE_SECONDS, f"device {member}")
+    except DeviceError as error:
+        outcome.failed[member] = (str(error), isinstance(error, DeviceFull))
         return
     outcome.bytes[member] = outcome.bytes.get(member, 0) + sum(len(b) for b in buffers)
 

@@ -159,4 +159,4 @@ class Writer:
         self._pending -= 1
         if error.value not in (0, errno.ENOTCONN):
             self._log.errors.append(errno.errorcode.get(error.value, str(error.value)))
-        return error.value == 0
+        return bool(error.value == 0)

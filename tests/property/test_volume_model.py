@@ -5,7 +5,7 @@ Every step runs in a loop with a virtual clock, on disks in memory whose writes 
 against the budget of `m` only while they are; one that returned with an old content counts for
 ever, because what it forgot is not all written to it again.
 
-`HYPOTHESIS_PROFILE=large` does twenty times as much.
+`HYPOTHESIS_PROFILE=large` does twenty-five times as much.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ DISK_SIZE = 1792 * KIB
 JOURNAL = 128 * KIB
 VOLUME_SIZES = [256 * KIB, 768 * KIB + BLOCK_SIZE, 3 << 20]
 
-_COUNTS = {"default": (40, 45), "large": (500, 90)}
-EXAMPLES, STEPS = _COUNTS["large" if os.environ.get("HYPOTHESIS_PROFILE") == "large" else "default"]
+LARGE = os.environ.get("HYPOTHESIS_PROFILE") == "large"
+EXAMPLES, STEPS = (500, 90) if LARGE else (40, 45)
+#: Also long enough for a failure to be made small.
+pytestmark = pytest.mark.timeout(7200 if LARGE else 600)
 
 offsets = st.integers(0, 3 << 20)
 lengths = st.one_of(

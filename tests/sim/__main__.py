@@ -1,9 +1,9 @@
 """The simulation from the command line; `make sim` and `make soak` call it.
 
-    SEED=n            one seed, with its events
-    CRASH=name:n      the workload `name`, crashed at its nth device operation
-    --seeds n         n fresh seeds, and every crash of the brief workload
-    --forever         fresh seeds and random crashes, until interrupted or for MINUTES
+SEED=n            one seed, with its events
+CRASH=name:n      the workload `name`, crashed at its nth device operation
+--seeds n         n fresh seeds, and every crash of the brief workload
+--forever         fresh seeds and random crashes, until interrupted or for MINUTES
 """
 
 from __future__ import annotations

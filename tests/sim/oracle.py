@@ -1,16 +1,16 @@
 """What clients of a simulated pool may see: the judge of P1 to P4.
 
-Every write stamps its number and place into each 512-byte sector, so what is read says who wrote it.
-The oracle knows of each operation only what a client knows: when it was issued, when it was
+Every write stamps its number and place into each 512-byte sector, so what is read says who wrote
+it. The oracle knows of each operation only what a client knows: when it was issued, when it was
 acknowledged, which flush covered it. It never looks into the engine.
 
-Theory of operation: an operation takes effect at one moment between issue and acknowledgement. After a
-crash the content of a volume must be explained by a set of operations that is closed towards the
-past (a prefix, P3), contains everything promised (flushed, P2; acknowledged when only the process
-died, P1), and in which every sector's writer is the last one to touch it. `explain` finds the
-least such set, and the earliest moment of each member, as a fixed point; there is none exactly when
-some moment falls behind its acknowledgement, or two operations would each have to precede the other.
-Writes larger than a piece are chains of operations, in order.
+Theory of operation: an operation takes effect at one moment between issue and acknowledgement.
+After a crash the content of a volume must be explained by a set of operations that is closed
+towards the past (a prefix, P3), contains everything promised (flushed, P2; acknowledged when only
+the process died, P1), and in which every sector's writer is the last one to touch it. `explain`
+finds the least such set, and the earliest moment of each member, as a fixed point; there is none
+exactly when some moment falls behind its acknowledgement, or two operations would each have to
+precede the other. Writes larger than a piece are chains of operations, in order.
 
 What was read back after a crash is the new base: the same bytes must be there from then on.
 """
@@ -137,8 +137,8 @@ class Oracle:
         if not allowed.all():
             at = int(np.argmin(allowed))
             raise Violation(
-                f"P4: {name}, sector {first + at}: a read shows {seen[at]}, which was neither there "
-                f"nor written meanwhile; touched by {touching(history.ops, first + at)}"
+                f"P4: {name}, sector {first + at}: a read shows {seen[at]}, which was neither "
+                f"there nor written meanwhile; touched by {touching(history.ops, first + at)}"
             )
 
     def check_recovered(self, name: str, data: bytes | memoryview, *, power_lost: bool) -> int:
@@ -224,8 +224,8 @@ class _Puzzle:
         if (writer == _FOREIGN).any():
             at = int(np.argmax(writer == _FOREIGN))
             raise Violation(
-                f"P4: sector {self.sectors[at]} shows write {self.seen[at]}, which is older than the "
-                f"pinned {self.base[at]}, was refused or was never made there"
+                f"P4: sector {self.sectors[at]} shows write {self.seen[at]}, which is older than "
+                f"the pinned {self.base[at]}, was refused or was never made there"
             )
         return writer
 
@@ -278,7 +278,9 @@ class _Puzzle:
         x, at = np.nonzero(active)
         w = self.writer[at]
         matter = (w >= 0) & (w != x) & ~(self.zero[x] & (self.seen[at] == 0))
-        chain = np.array([pair for pair in self.chain if self.included[pair[1]]], int).reshape(-1, 2)
+        chain = np.array([pair for pair in self.chain if self.included[pair[1]]], int).reshape(
+            -1, 2
+        )
         pairs = np.unique(np.hstack([np.stack([x[matter], w[matter]]), chain.T]), axis=1)
         for _ in range(len(self.ops) + 1):
             before = self.moment.copy()
@@ -286,20 +288,21 @@ class _Puzzle:
             if np.array_equal(before, self.moment):
                 break
         else:
-            self._break_circle(pairs, np.flatnonzero(before != self.moment))
+            self._break_circle(pairs)
             return
         late = self.included & (self.moment > self.acked)
         if late.any():
             i = int(np.argmax(late))
             lost = [str(self.ops[a]) for a, b in pairs.T.tolist() if b == i]
-            raise Violation(f"P3: {self.ops[i]} is seen where it had been overwritten by {lost[-4:]}")
+            raise Violation(
+                f"P3: {self.ops[i]} is seen where it had been overwritten by {lost[-4:]}"
+            )
 
-    def _break_circle(self, pairs: Ids, moving: Ids) -> None:
-        """Bar the zeroings through which the order goes in a circle. Raises Violation if none is."""
-        after: dict[int, set[int]] = {i: set() for i in moving.tolist()}
+    def _break_circle(self, pairs: Ids) -> None:
+        """Bar the zeroings through which order goes in a circle. Raises Violation if none does."""
+        after: dict[int, set[int]] = {i: set() for i in np.unique(pairs).tolist()}
         for a, b in pairs.T.tolist():
-            if a in after and b in after:
-                after[a].add(b)
+            after[a].add(b)
         for i in after:
             reached, todo = set[int](), [*after[i]]
             while todo:

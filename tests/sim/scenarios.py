@@ -1,8 +1,8 @@
-"""What clients do in the simulation: two fixed workloads for the enumeration, and the life around them.
+"""What clients do in the simulation: two fixed workloads, and the lives around a crash in them.
 
 `brief` is as short as two laps of a 16-block journal allow, `eventful` goes through everything that
-happens rarely: the collector racing overwrites, trims and deletes whose space is used again, a device
-that dies. `crash_at` runs one of them up to the Nth device operation, and judges what is left.
+happens rarely: the collector racing overwrites, trims and deletes whose space is used again, a
+device that dies. `crash_at` runs one up to the Nth device operation, and judges what is left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECOVERY_CRASHES = 2
 
 
 async def brief(rig: Rig, client: Client) -> None:
-    """Two laps of the smallest journal, a checkpoint, a trim, and one volume deleted for another."""
+    """Laps of the smallest journal, checkpoints, a trim, a deleted volume."""
     rng = rig.world.rng
     await client.create("a", 256 << 10)
     await client.create("b", 64 << 10)
@@ -43,6 +43,12 @@ async def brief(rig: Rig, client: Client) -> None:
         if i % 5 == 4:
             await client.flush("a")
         await client.read("a", rng.randrange(256), 100)
+    # A checkpoint of what no flush has made durable yet.
+    for i in range(5):
+        await client.write("a", i * 48, BLOCK_SECTORS)
+    await client.pool.checkpoint()
+    for i in range(3):
+        await client.write("a", i * 32, BLOCK_SECTORS)
 
 
 async def eventful(rig: Rig, client: Client) -> None:
@@ -67,45 +73,47 @@ async def eventful(rig: Rig, client: Client) -> None:
 
 
 async def together(rig: Rig, client: Client, count: int) -> None:
-    """Three writers and a reader at the same time on volume `a`, with flushes in between."""
-
-    async def writer(number: int) -> None:
-        rng = Random(f"{rig.seed} {number} {count}")
-        for i in range(count):
-            block = rng.randrange(150)
-            sectors = rng.choice((BLOCK_SECTORS, BLOCK_SECTORS, 2 * BLOCK_SECTORS, 5, 64))
-            await client.write("a", block * BLOCK_SECTORS + (sectors == 5), sectors)
-            await asyncio.sleep(rng.random() * rig.latency / 2)
-            if i % 8 == 7:
-                await client.flush("a")
-
-    async def reader() -> None:
-        rng = Random(f"{rig.seed} reader {count}")
-        for _ in range(count):
-            await client.read("a", rng.randrange(1100), 64)
-            await asyncio.sleep(rig.latency)
-
-    async def racer() -> None:
-        """Overwrite at random as soon as the collector sets out."""
-        rng = Random(f"{rig.seed} racer {count}")
-        seen = client.count("steps_collect")
-        for _ in range(count * 4):
-            await asyncio.sleep(rig.latency / 4)
-            if client.count("steps_collect") > seen:
-                seen = client.count("steps_collect")
-                await asyncio.sleep(rng.random() * rig.latency)
-                for _ in range(6):
-                    await client.write("a", rng.randrange(150) * BLOCK_SECTORS, BLOCK_SECTORS)
-
+    """Three writers, a reader and a racer at the same time on volume `a`."""
     async with asyncio.TaskGroup() as group:
         for number in range(3):
-            group.create_task(writer(number))
-        group.create_task(reader())
-        group.create_task(racer())
+            group.create_task(_write(rig, client, count, number))
+        group.create_task(_read(rig, client, count))
+        group.create_task(_race(rig, client, count))
+
+
+async def _write(rig: Rig, client: Client, count: int, number: int) -> None:
+    rng = Random(f"{rig.seed} {number} {count}")
+    for i in range(count):
+        block = rng.randrange(150)
+        sectors = rng.choice((BLOCK_SECTORS, BLOCK_SECTORS, 2 * BLOCK_SECTORS, 5, 64))
+        await client.write("a", block * BLOCK_SECTORS + (sectors == 5), sectors)
+        await asyncio.sleep(rng.random() * rig.latency * 12)
+        if i % 8 == 7:
+            await client.flush("a")
+
+
+async def _read(rig: Rig, client: Client, count: int) -> None:
+    rng = Random(f"{rig.seed} reader {count}")
+    for _ in range(count):
+        await client.read("a", rng.randrange(1100), 64)
+        await asyncio.sleep(rig.latency)
+
+
+async def _race(rig: Rig, client: Client, count: int) -> None:
+    """Overwrite what the collector is moving just now."""
+    for _ in range(count * 8):
+        await asyncio.sleep(rig.latency)
+        for block in sorted(rig.mover.collecting)[:3]:
+            if (block + 1) * BLOCK_SECTORS <= 1280:
+                await client.write("a", block * BLOCK_SECTORS, BLOCK_SECTORS)
+        rig.mover.collecting.clear()
 
 
 #: Names of the fixed workloads, for commands.
-SCENARIOS: dict[str, tuple[Scenario, Shape]] = {"brief": (brief, SMALL), "eventful": (eventful, WIDE)}
+SCENARIOS: dict[str, tuple[Scenario, Shape]] = {
+    "brief": (brief, SMALL),
+    "eventful": (eventful, WIDE),
+}
 
 
 def crash_at(name: str, nth: int) -> tuple[Counter[str], bool]:
@@ -135,9 +143,10 @@ async def _crash_at(name: str, nth: int) -> tuple[Counter[str], bool]:
         completed = False
     # The workload is the same up to the crash; what follows is drawn anew for each.
     rig.world.rng.seed(nth)
-    if nth % 4 == 1:
-        # A device stays away, perhaps one beside that which failed: still no more than parity.
-        lost = rig.world.rng.choice(rig.shape.names)
+    if nth % 4 in (1, 2):
+        # A device stays away, most likely one with a journal replica, perhaps beside the one that
+        # failed: no more than parity in all.
+        lost = rig.world.rng.choice(shape.names[: shape.parity + 2])
         if len(rig.unlucky | {lost}) <= shape.parity:
             rig.unlucky |= {lost}
             rig.missing = {lost}

@@ -2,8 +2,8 @@
 
 Several clients write, flush, trim, zero and read; volumes come and go; up to as many devices as
 parity can replace err, hang, rot, vanish, fail to sync or return old; the process dies and power
-fails at random operations, also during recovery. In the end the faults stop, and the pool must work,
-close and open clean.
+fails at random operations, also during recovery. In the end the faults stop, and the pool must
+work, close and open clean.
 
 `run_seed` is deterministic: the same seed gives the same digest.
 """
@@ -19,6 +19,7 @@ from backends.fault_script import (
     OPERATIONS,
     READS,
     WRITES,
+    Action,
     ApplyThenFail,
     Delay,
     Fail,
@@ -65,7 +66,9 @@ class _Life:
 
     def __init__(self, seed: int) -> None:
         self.rng = Random(f"life {seed}")
-        self.rig = Rig(seed, self.rng.choice(SHAPES), latency=self.rng.choice((0.0005, 0.002, 0.02)))
+        self.rig = Rig(
+            seed, self.rng.choice(SHAPES), latency=self.rng.choice((0.0005, 0.002, 0.02))
+        )
         self.serial = 0
 
     async def live(self) -> Result:
@@ -173,26 +176,20 @@ class _Life:
 
     @staticmethod
     def fault(rng: Random) -> Rule:
-        often = {"times": rng.choice((1, 3, None)), "chance": rng.choice((1.0, 0.3))}
-        match rng.randrange(9):
-            case 0:
-                return Rule(READS, Fail(), **often)
-            case 1:
-                return Rule(WRITES, Fail(), **often)
-            case 2:
-                return Rule(SYNC, Fail(), **often)
-            case 3:
-                return Rule(SYNC | WRITES, ApplyThenFail(), **often)
-            case 4:
-                return Rule(READS, FlipBits(3), **often)
-            case 5:
-                return Rule(READS, ShortRead(), **often)
-            case 6:
-                return Rule(SLOW, Delay(rng.choice((0.1, 5.0, 40.0))), **often)
-            case 7:
-                return Rule(SLOW, Hang(), **often)
-            case _:
-                return Rule(OPERATIONS, Vanish())
+        times, chance = rng.choice((1, 3, None)), rng.choice((1.0, 0.3))
+        kinds: tuple[tuple[frozenset[str], Action], ...] = (
+            (READS, Fail()),
+            (WRITES, Fail()),
+            (SYNC, Fail()),
+            (SYNC | WRITES, ApplyThenFail()),
+            (READS, FlipBits(3)),
+            (READS, ShortRead()),
+            (SLOW, Delay(rng.choice((0.1, 5.0, 40.0)))),
+            (SLOW, Hang()),
+            (OPERATIONS, Vanish()),
+        )
+        ops, action = rng.choice(kinds)
+        return Rule(ops, action, times=times, chance=chance)
 
     # -- the end -----------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from pool import journal as journal_module
 from pool.errors import PoolStopped
 from pool.format import record
 from pool.format.record import KIND_CATALOG, KIND_DATA, KIND_TRIM
-from pool.journal import OVERDUE_SECONDS, Committed, Journal, Replica
+from pool.journal import Committed, Journal, Replica
+from pool.overdue import WRITE_SECONDS
 from tests.sim.loop import run
 from tests.unit.pool.support import Disk, make_disks
 
@@ -292,7 +293,7 @@ def test_a_flush_waits_for_every_replica() -> None:
         bench.disks[1].script.add(Rule(frozenset({"write", "sync"}), Hang(), times=None))
         await bench.write(2)
         flush = bench.journal.flush()
-        await asyncio.sleep(OVERDUE_SECONDS / 3)
+        await asyncio.sleep(WRITE_SECONDS / 3)
         assert not flush.done()
         bench.disks[1].script.clear()
         await flush
@@ -310,7 +311,7 @@ def test_a_replica_that_hangs_is_given_up_after_the_time_limit() -> None:
         await bench.write(2)
         await asyncio.sleep(IDLE)
         flush = bench.journal.flush()
-        await asyncio.sleep(OVERDUE_SECONDS + 1)
+        await asyncio.sleep(WRITE_SECONDS + 1)
         assert bench.failures == [1]
         assert not flush.done()
         bench.journal.replace({1}, [])

@@ -13,7 +13,8 @@ from backends.fault_script import READS, Fail, Rule
 from pool.errors import PoolError
 from pool.format import record
 from pool.journal import Journal, Replica
-from pool.recovery import Chain, Source, backlog, follow, rewrite
+from pool.recovery import Chain, Source, backlog, follow
+from pool.replicas import Copy, forgetful
 from tests.sim.loop import run
 from tests.unit.pool.support import Disk, make_disks
 
@@ -199,7 +200,7 @@ def test_any_holes(data: st.DataObject) -> None:
         assert_whole(written.follow(), written, whole)
 
 
-# -- backlog and rewriting -------------------------------------------------------------------
+# -- backlog and copying ---------------------------------------------------------------------
 
 
 def test_the_backlog_is_read_from_whoever_has_it() -> None:
@@ -214,30 +215,72 @@ def test_the_backlog_is_read_from_whoever_has_it() -> None:
         run(backlog(written.sources(), START, written.ends[1]))
 
 
-def test_rewriting_makes_every_replica_whole() -> None:
+def copier(written: Written, chain: Chain) -> Copy:
+    return Copy(written.sources(), chain, written.headers, START)
+
+
+def test_copying_makes_every_replica_whole() -> None:
     written = Written([4, 4, 4], flush_after=(0,))
     for position in range(written.ends[0], written.ends[-1]):
         for disk in range(3):
             if disk != position % 3:
                 written.spoil(disk, position)
     chain = written.follow()
+    copy = copier(written, chain)
     blank = Disk("blank", SIZE * BLOCK_SIZE)
-    targets = [(disk.open(), 0, chain.durable) for disk in written.disks]
-    run(rewrite(written.sources(), [*targets, (blank.open(), 0, START)], chain, SIZE))
+    for source in written.sources():
+        run(copy.to(source, whole=True))
+    run(copy.to(Source(3, blank.open(), 0, SIZE), whole=False))
     length = (chain.end - START) * BLOCK_SIZE
     for target in (*written.disks, blank):
         assert target.data[:length] == written.clean[0][:length]
         assert target.syncs
+    assert not copy.lost
 
 
-def test_rewriting_unites_what_no_replica_can_read_in_full() -> None:
-    """Two disks with a bad sector each: a new replica still gets every block."""
+@pytest.mark.parametrize("bad", ["unreadable", "wrong"])
+def test_copying_unites_what_no_replica_has_in_full(bad: str) -> None:
+    """Disks with a bad sector each, below `durable`: a new replica still gets every block."""
     written = Written([4, 4, 4, 1], flush_after=(2,))
+    chain = written.follow()
     for disk, block in ((0, 2), (1, 7), (2, 9)):
         within = (block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-        written.disks[disk].script.add(Rule(READS, Fail(), times=None, within=within))
-    chain = written.follow()
-    blank = Disk("blank", SIZE * BLOCK_SIZE)
-    run(rewrite(written.sources(), [(blank.open(), 0, START)], chain, SIZE))
+        if bad == "unreadable":
+            written.disks[disk].script.add(Rule(READS, Fail(), times=None, within=within))
+        else:
+            written.spoil(disk, START + block)
+    copy, blank = copier(written, chain), Disk("blank", SIZE * BLOCK_SIZE)
+    run(copy.to(Source(3, blank.open(), 0, SIZE), whole=False))
     length = (chain.end - START) * BLOCK_SIZE
     assert blank.data[:length] == written.clean[0][:length]
+    assert not copy.lost
+
+
+def test_a_header_that_is_whole_but_another_is_not_copied() -> None:
+    """An old copy has, at the same place, a record of the lap before."""
+    written = Written([4, 4, 4], flush_after=(1,))
+    chain = written.follow()
+    at = written.ends[0] % SIZE * BLOCK_SIZE
+    written.disks[0].data[at : at + BLOCK_SIZE] = written.block(0, START)
+    copy, blank = copier(written, chain), Disk("blank", SIZE * BLOCK_SIZE)
+    run(copy.to(Source(3, blank.open(), 0, SIZE), whole=False))
+    assert blank.data[at : at + BLOCK_SIZE] == written.clean[0][at : at + BLOCK_SIZE]
+
+
+def test_what_nobody_has_is_zeros_and_named() -> None:
+    written = Written([4, 4, 4], flush_after=(1,))
+    chain = written.follow()
+    written.spoil_everywhere(START + 3)
+    copy, blank = copier(written, chain), Disk("blank", SIZE * BLOCK_SIZE)
+    run(copy.to(Source(3, blank.open(), 0, SIZE), whole=False))
+    assert copy.lost == {START + 3}
+    assert blank.data[3 * BLOCK_SIZE : 4 * BLOCK_SIZE] == bytes(BLOCK_SIZE)
+
+
+def test_a_replica_without_the_last_synced_record_has_forgotten_it() -> None:
+    written = Written([4, 4, 4], flush_after=(0, 1))
+    written.spoil(0, written.ends[0])
+    written.spoil(1, written.ends[1])
+    sources, durable = written.sources(), written.ends[1]
+    assert run(forgetful(sources, written.headers, durable)) == {0}
+    assert run(forgetful(sources, written.headers, START)) == set()
