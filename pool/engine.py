@@ -54,9 +54,10 @@ class Engine:
     def staged(self) -> bool:
         return self.state.journal.staged
 
-    def start(self) -> None:
-        """Begin maintenance, once the journal runs."""
+    def start(self, catch_up: set[int]) -> None:
+        """Begin maintenance, once the journal runs; these members may have missed something."""
         self.maintenance = Maintenance(self.moving, self.checkpoint, self._clock)
+        self.maintenance.catch_up.start(catch_up)
         self.maintenance.start()
 
     # -- data path: no await, atomic ---------------------------------------------------------

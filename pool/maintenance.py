@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from backends.base import DeviceError
 from pool.apply import drop_leaf
+from pool.catch_up import CatchUp
 from pool.checkpoint import Checkpoint
 from pool.collector import collect, collect_meta
 from pool.destage import destage
@@ -21,9 +21,12 @@ from pool.errors import DataLost, PoolStopped
 from pool.moving import Moving
 from pool.placement import NoSpace
 from pool.state import RESERVE_STRIPES, State
+from pool.trash import Orphans, delete
 
 #: At most so many stripes per destage or collector step.
 STEP_STRIPES = 24
+#: Shards of returned devices looked at between two steps.
+CATCH_UP_SHARDS = 32
 #: Leaves of a dropped layer taken apart per step.
 DROP_LEAVES = 256
 #: A checkpoint is written at least this often while anything changed.
@@ -61,6 +64,8 @@ class Situation:
     #: Guests have been quiet for a moment. While they write, the journal is filled further before
     #: destage begins: a burst has the machine to itself, and overwrites die before they are packed.
     quiet: bool = True
+    #: Stripes that only checkpoints and the collector may take.
+    reserve: int = RESERVE_STRIPES
 
 
 def decide(now: Situation) -> Step:
@@ -69,8 +74,8 @@ def decide(now: Situation) -> Step:
 
 
 def _for_stripes(now: Situation) -> Step | None:
-    low = max(RESERVE_STRIPES * 2, now.total // 20)
-    if now.free < RESERVE_STRIPES and now.dead:
+    low = max(now.reserve * 2, now.total // 20)
+    if now.free < now.reserve and now.dead:
         return Step.CHECKPOINT
     if now.free + now.dead < low and now.collectable:
         return Step.COLLECT
@@ -90,12 +95,15 @@ def _for_journal(now: Situation) -> Step | None:
         return packing
     if now.waiting_writers and releasable:
         return Step.CHECKPOINT
+    if now.quiet and releasable > now.journal_size // 16:
+        # The next burst finds an empty journal.
+        return Step.CHECKPOINT
     return Step.CHECKPOINT if now.dirty_seconds > CHECKPOINT_SECONDS else None
 
 
 def _packing(now: Situation) -> Step | None:
     """How to move journal blocks into stripes, if that is to be done."""
-    if now.free > RESERVE_STRIPES:
+    if now.free > now.reserve:
         threshold = min(STEP_STRIPES * now.stripe_blocks, now.journal_size // 4)
         if not now.quiet and not now.waiting_writers:
             threshold = max(threshold, now.journal_size * 3 // 8)
@@ -124,15 +132,20 @@ class Maintenance:
         self._clean_head = moving.state.journal.head
         self._collectable = True
         self._task: asyncio.Task[None] | None = None
+        self._orphans: asyncio.Task[None] | None = None
         self._want_checkpoint: list[asyncio.Future[None]] = []
         self._starved_at = -1
         self._seen_head, self._seen_at = moving.state.journal.head, clock()
         self._stopping = False
         self.writers_waiting = 0
+        self.catch_up = CatchUp(moving.state, moving.reader)
 
     def start(self) -> None:
         """Begin. The task ends when the pool stops or `stop` is called."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        # Listing a store may take minutes, so nothing waits for it.
+        self._orphans = loop.create_task(Orphans(self._state).delete())
+        self._task = loop.create_task(self._run())
 
     def kick(self) -> None:
         """Something changed: look again."""
@@ -160,6 +173,7 @@ class Maintenance:
             waiting_writers=self.writers_waiting > 0,
             starved=self._starved_at == journal.head,
             quiet=self._quiet(),
+            reserve=state.reserve_stripes(),
         )
 
     def _quiet(self) -> bool:
@@ -176,6 +190,7 @@ class Maintenance:
                 state.counters[f"steps_{step.value}"] += 1
                 await self._perform(step)
                 await self._empty_trash()
+                await self._catch_up()
                 await asyncio.sleep(0)
             except NoSpace:
                 state.counters["steps_without_space"] += 1
@@ -214,25 +229,22 @@ class Maintenance:
             await self._drop_layer()
         else:
             waits_for_quiet = self._state.fifo and not self._quiet()
-            await self._sleep(QUIET_SECONDS if waits_for_quiet else CHECKPOINT_SECONDS / 2)
+            if not self.catch_up.left:
+                await self._sleep(QUIET_SECONDS if waits_for_quiet else CHECKPOINT_SECONDS / 2)
 
     def _step_stripes(self) -> int:
         """How many stripes a step may fill: the reserve is for the checkpoint that frees others."""
-        return max(1, min(STEP_STRIPES, self._state.free_stripes() - RESERVE_STRIPES))
+        return max(1, min(STEP_STRIPES, self._state.free_stripes() - self._state.reserve_stripes()))
+
+    async def _catch_up(self) -> None:
+        """Give returned devices what they missed, a little between every two other steps."""
+        if self.catch_up.left:
+            await self.catch_up.step(CATCH_UP_SHARDS)
 
     async def _empty_trash(self) -> None:
-        """Delete objects that nothing refers to. One that cannot be deleted now is found again when
-        the pool is opened."""
         state = self._state
         trash, state.trash = state.trash, []
-        for index, stripe, shard in trash:
-            shards = state.members[index].shards
-            if shards is not None:
-                try:
-                    await shards.delete(stripe, shard)
-                    state.counters["objects_deleted"] += 1
-                except DeviceError:
-                    state.counters["objects_left"] += 1
+        await delete(state, trash)
 
     async def _sleep(self, seconds: float) -> None:
         if self._stopping:
@@ -313,6 +325,10 @@ class Maintenance:
         """End the loop after the step it is in."""
         self._stopping = True
         self.kick()
+        if self._orphans is not None:
+            self._orphans.cancel()
+            await asyncio.gather(self._orphans, return_exceptions=True)
+            self._orphans = None
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None

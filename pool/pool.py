@@ -159,6 +159,7 @@ class Pool:
         self._writable()
         catalog = self._state.catalog
         catalog.check_new(name, size)
+        self._state.check_new_volume()
         change = {
             "do": "create",
             "name": name,
@@ -169,6 +170,7 @@ class Pool:
         }
         await self.engine.change_catalog(change)
         self._volumes[name] = Volume(self.engine, catalog.volumes[name])
+        self._state.update_limit()
 
     async def delete_volume(self, name: str) -> None:
         """Delete a volume: durable first, then its exports end, then its space is freed (R23)."""
@@ -350,6 +352,7 @@ async def _recover(
     )
     records = [*backlog, *chain.records]
     lost: set[int] = set()
+    missed: set[int] = set()
     recovery.refill(state, backlog)
     if read_only:
         # What was never packed is read from the replicas as they are.
@@ -361,6 +364,7 @@ async def _recover(
     else:
         state.behind |= await forgetful(sources, records, chain.durable)
         sources.sort(key=lambda source: source.member in state.behind)
+        missed = returned | state.behind
         copy = Copy(sources, chain, records, committed.tail)
         replicas = await _start_term(engine, copy, returned)
         lost = copy.lost
@@ -387,7 +391,7 @@ async def _recover(
     state._journal = journal
     if read_only:
         return
-    engine.start()
+    engine.start(catch_up=missed)
     # The last life may have filled the journal, and the mark must not go over live space.
     while not journal.room(0):
         await engine.wait_room()

@@ -272,6 +272,18 @@ class Reader:
             self._accuse(member, "bad_headers")
         raise DataLost(f"stripe {row.id} has no readable header")
 
+    async def shard(self, row: Stripe, shard: int) -> tuple[bytes, bytes]:
+        """The header and the blocks that a shard must have, from the other shards. Raises
+        DataLost."""
+        header = await self.header(row)
+        count = row.shape.shard_blocks
+        data = await self._reconstruct(row, shard, 0, self._shard_crcs(header, shard, 0, count))
+        headers = stripe_format.encode(
+            pool=header.pool, stripe=row.id, kind=header.kind, shape=row.shape, used=header.used,
+            contents=header.contents,
+        )  # fmt: skip
+        return headers[shard], data
+
     async def page(self, pointer: Pointer, kind: int) -> Page:
         """A checkpoint page. Raises DataLost when it cannot be had: never a hole (R21)."""
         with self._state.gate.inside():

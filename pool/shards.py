@@ -7,6 +7,7 @@ in the worker process.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -15,6 +16,9 @@ from pool.format.geometry import Layout
 
 #: (reads into a buffer at a byte offset, or says False; byte offset of the shard)
 FastRead = tuple[Callable[[int, memoryview], bool], int]
+
+#: Names of shards in an object store (`object_name`).
+OBJECT = re.compile("shard-([0-9a-f]{10})-([0-9a-f]{2})")
 
 
 class Shards(Protocol):
@@ -132,7 +136,8 @@ class ObjectShards:
 
     async def stored(self) -> list[tuple[int, int]]:
         names = await self.store.list("shard-")
-        return [(int(name[6:16], 16), int(name[17:], 16)) for name in names]
+        found = (OBJECT.fullmatch(name) for name in names)
+        return [(int(match[1], 16), int(match[2], 16)) for match in found if match]
 
 
 def shards_of(backend: Device | ObjectStore, layout: Layout) -> Shards:

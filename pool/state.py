@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from backends.base import BLOCK_SIZE
 from pool.blockmap import LayerMap
 from pool.catalog import Catalog
-from pool.errors import PoolFull, PoolStopped
+from pool.errors import PoolError, PoolFull, PoolStopped
 from pool.format.geometry import Geometry, geometry
 from pool.format.location import STRIPE_MASK, STRIPE_SHIFT, TAG_SHIFT, TAG_STRIPE
 from pool.format.page import Pointer
@@ -34,6 +35,8 @@ STRIPE_WINDOW = 1 << 16
 FILL = 0.88
 #: Stripes kept for the collector and the checkpoint whatever else is asked for.
 RESERVE_STRIPES = 8
+#: What a volume takes of the top page at most, with its layer and its first directory.
+VOLUME_BYTES = 272
 #: Stripes whose places are kept at hand for reading.
 LOCATED_MAX = 1 << 16
 #: Bytes of map leaves kept in memory.
@@ -211,14 +214,39 @@ class State:
         return capacity(slots, count) if len(slots) >= count else 0
 
     def update_limit(self) -> None:
-        """Recompute how many blocks may be mapped, after the members changed."""
+        """Recompute how many blocks may be mapped, after members or volumes changed."""
         try:
-            blocks = self.shape().blocks
+            self.limit = self._limit(self._catalog_stripes(len(self.catalog.layers)))
         except PoolStopped:
             self.limit = 0
-            return
-        stripes = self.total_stripes()
-        self.limit = max(0, int((stripes - 2 * RESERVE_STRIPES) * blocks * FILL))
+
+    def _limit(self, catalog: int) -> int:
+        stripes = self.total_stripes() - 2 * (RESERVE_STRIPES + catalog)
+        return max(0, int(stripes * self.shape().blocks * FILL))
+
+    def reserve_stripes(self) -> int:
+        """Stripes that only the checkpoint and the collector may take. Raises PoolStopped."""
+        return RESERVE_STRIPES + self._catalog_stripes(len(self.catalog.layers))
+
+    def _catalog_stripes(self, volumes: int) -> int:
+        return volumes * VOLUME_BYTES // (self.shape().blocks * BLOCK_SIZE)
+
+    def check_new_volume(self) -> None:
+        """Raise PoolError unless checkpoints have room for one volume more, PoolStopped."""
+        count = len(self.catalog.layers) + 1
+        stripes = self._catalog_stripes(count)
+        if stripes > self.total_stripes() // 8 or (stripes and self.used > self._limit(stripes)):
+            raise PoolError(
+                f"the pool is too small for {count} volumes: add devices, or delete volumes"
+            )
+        # Each stripe has a pointer and an anchor in the root.
+        need = stripes * (80 + 14 * sum(self.width()))
+        if need > min(member.layout.root_bytes for member in self.members.values()) * 3 // 4:
+            raise PoolError(
+                f"slots of {self.slot_blocks * 4} KiB are too small for {count} volumes, the root "
+                "cannot name all parts of their catalog: delete volumes, or make a pool with "
+                "larger slots"
+            )
 
     def place(self, shards: int) -> tuple[tuple[int, int], ...]:
         """Take a slot on `shards` distinct members. Raises NoSpace."""

@@ -275,9 +275,9 @@ class _Puzzle:
         if stale.any():
             at = int(np.argmax(stale))
             raise Violation(f"P3: sector {self.sectors[at]} is old and lost {self._story(at)}")
-        x, at = np.nonzero(active)
-        w = self.writer[at]
-        matter = (w >= 0) & (w != x) & ~(self.zero[x] & (self.seen[at] == 0))
+        x, where = np.nonzero(active)
+        w = self.writer[where]
+        matter = (w >= 0) & (w != x) & ~(self.zero[x] & (self.seen[where] == 0))
         chain = np.array([pair for pair in self.chain if self.included[pair[1]]], int).reshape(
             -1, 2
         )

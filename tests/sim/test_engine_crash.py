@@ -14,7 +14,7 @@ from .histogram import RARE, report
 from .scenarios import SCENARIOS, crash_at
 
 #: (workload, first operation, stride).
-STRIDES = [("brief", 1, 9), ("brief", 5, 9), ("eventful", 3, 211), ("eventful", 41, 211)]
+STRIDES = [("brief", 1, 17), ("brief", 7, 17), ("eventful", 3, 331), ("eventful", 41, 211)]
 #: A workload that goes on this long does not end.
 OPERATIONS_MAX = 20_000
 

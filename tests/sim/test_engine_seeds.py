@@ -17,7 +17,7 @@ import pytest
 from .histogram import RARE, report
 from .seeds import run_seed
 
-FRESH = int(os.environ.get("SEEDS", "6"))
+FRESH = int(os.environ.get("SEEDS", "12"))
 ONLY = os.environ.get("SEED")
 KNOWN = Path(__file__).with_name("seeds.txt")
 #: Each batch runs in a process of its own under xdist.

@@ -176,10 +176,22 @@ async def narrow(shop: Workshop) -> Pool:
     return pool
 
 
+async def many(shop: Workshop) -> Pool:
+    """So many volumes that the top page has two parts."""
+    pool = await shop.open()
+    await pool.create_volume("alpha", MIB)
+    for number in range(140):
+        await pool.create_volume(f"{number:03}".ljust(64, "-"), BLOCK_SIZE)
+    await fill(pool.volume("alpha"), "many", 0, 10)
+    await pool.checkpoint()
+    return pool
+
+
 VECTORS = [
     Vector("small", PoolSpec("small", 2, 1, 16 * KIB, 64 * KIB), 3 * MIB, 3, 0, small),
     Vector("store", PoolSpec("store", 2, 1, 64 * KIB, 2 * MIB), 6 * MIB, 3, 1, store),
     Vector("narrow", PoolSpec("narrow", 2, 1, 16 * KIB, 64 * KIB), 2 * MIB, 3, 0, narrow),
+    Vector("many", PoolSpec("many", 2, 1, 16 * KIB, 64 * KIB), 2 * MIB, 3, 0, many),
 ]
 
 

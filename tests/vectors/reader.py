@@ -103,7 +103,7 @@ class Reader:
         self.volumes: dict[str, dict[str, Any]] = {}
         self.layers: dict[int, dict[int, tuple[int, int]]] = {}
         self.records: list[tuple[int, ...]] = []
-        if self.root["checkpoint"]["top"] is not None:
+        if self.root["checkpoint"]["top"]:
             self._load_checkpoint()
         self._replay()
 
@@ -181,7 +181,7 @@ class Reader:
         return form, layer, number, data[40 : 40 + size]
 
     def _load_checkpoint(self) -> None:
-        top = json.loads(self.page(self.root["checkpoint"]["top"], 4)[3])
+        top = json.loads(b"".join(self._top_parts()))
         for _, *pointer in top["table"]:
             self._load_table(top["width"], self.page(pointer, 3)[3])
         self.volumes = {volume["name"]: volume for volume in top["catalog"]["volumes"]}
@@ -191,6 +191,13 @@ class Reader:
             for at in range(0, len(body), 24):
                 leaf, length, stripe, offset, crc = struct.unpack_from("<IIQII", body, at)
                 self._load_leaf(layer, directory * 256 + leaf, [stripe, offset, length, crc])
+
+    def _top_parts(self) -> Iterator[bytes]:
+        """The bodies of the parts of the top page."""
+        for number, pointer in enumerate(self.root["checkpoint"]["top"]):
+            _, _, found, body = self.page(pointer, 4)
+            assert found == number
+            yield body
 
     def _load_table(self, width: int, body: bytes) -> None:
         for at in range(0, len(body), 24 + 6 * width):

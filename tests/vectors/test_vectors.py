@@ -20,7 +20,7 @@ from tests.sim.loop import run
 from tests.vectors.reader import Image, Reader
 
 HERE = Path(__file__).parent
-VECTORS = ("small", "store", "narrow")
+VECTORS = ("small", "store", "narrow", "many")
 #: Which member to leave out: nobody, or each one. Every pool here is 2+1.
 DEGRADED = [(name, missing) for name in VECTORS for missing in (None, 0, 1, 2)] + [("store", 3)]
 
@@ -123,7 +123,7 @@ def test_the_document_is_enough_to_read_a_volume(name: str, missing: int | None)
 
 def test_the_golden_pools_hold_what_they_are_kept_for() -> None:
     """A vector that lost what makes it worth reading would prove nothing."""
-    small, store, narrow = (Reader(list(images(name).values())) for name in VECTORS)
+    small, store, narrow, many = (Reader(list(images(name).values())) for name in VECTORS)
     # Every kind of extent is in the journal behind the checkpoint.
     assert {kind for kind, *_ in small.records} == {1, 2, 3, 4}
     tags = {location >> 62 for layer in small.layers.values() for location, _ in layer.values()}
@@ -134,3 +134,4 @@ def test_the_golden_pools_hold_what_they_are_kept_for() -> None:
     assert {row.data for row in narrow.rows.values()} == {1, 2}
     assert [member["state"] for member in narrow.root["members"]] == ["active"] * 3
     assert narrow.root["term"] == 3
+    assert len(many.root["checkpoint"]["top"]) == 2
