@@ -1,7 +1,7 @@
 """A device behind an open file descriptor: what regular files and raw block devices share.
 
-Invariants: everything that may wait for the medium runs in one of two threads that belong to this
-device, reads in one, writes and syncs in the other, so that reads do not queue behind a sync. The
+Invariants: everything that may wait for the medium runs in one of three threads that belong to this
+device, one for reads, writes and syncs each, so that none queues behind another kind. The
 threads start with the first call that needs them. Their queues hold what the callers have in
 flight, and the callers bound that. The descriptor is closed after the last queued call.
 
@@ -40,6 +40,7 @@ class DescriptorDevice:
         self._writable = writable
         self._reader: ThreadPoolExecutor | None = None
         self._writer: ThreadPoolExecutor | None = None
+        self._syncer: ThreadPoolExecutor | None = None
 
     @property
     def url(self) -> str:
@@ -66,7 +67,9 @@ class DescriptorDevice:
 
     async def sync(self) -> None:
         self._check_open()
-        call = self._writing_thread().submit(self._sync, self._fd)
+        if self._syncer is None:
+            self._syncer = _one_thread("sync")
+        call = self._syncer.submit(self._sync, self._fd)
         await self._result("sync", asyncio.wrap_future(call))
 
     def try_read(self, offset: int, into: memoryview) -> bool:
@@ -99,7 +102,7 @@ class DescriptorDevice:
     async def close(self) -> None:
         fd, self._fd = self._fd, _CLOSED
         if fd != _CLOSED:
-            threads = [thread for thread in (self._reader, self._writer) if thread is not None]
+            threads = [t for t in (self._reader, self._writer, self._syncer) if t is not None]
             await to_the_end(asyncio.to_thread(_release, threads, fd))
 
     def _check_alive(self, fd: int) -> None:

@@ -19,9 +19,11 @@ Called by the engine, in the event loop. `stage`, `commit` and `room` contain no
 from __future__ import annotations
 
 import asyncio
+import errno
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from crc32c import crc32c
@@ -39,6 +41,8 @@ LAG_BLOCKS = 256
 IDLE_SECONDS = 0.05
 #: Unsynced bytes after which a replica syncs by itself (R7).
 UNSYNCED_BLOCKS = 2048
+#: How long `close` waits for calls in flight.
+CLOSE_SECONDS = 5.0
 #: The most one write to a replica carries.
 CHUNK_BLOCKS = 1024
 
@@ -59,7 +63,8 @@ class Replica:
     #: From where on a write in flight reads the ring; None without one.
     reading: int | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
+    wake_sync: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +340,7 @@ class Journal:
     def _after_append(self) -> None:
         primary = self.replicas[0]
         if self.head - primary.synced > UNSYNCED_BLOCKS:
-            primary.wake.set()
+            primary.wake_sync.set()
         for replica in self.replicas:
             if self.head - replica.written > LAG_BLOCKS:
                 replica.wake.set()
@@ -350,8 +355,10 @@ class Journal:
         if sync_to > self._sync_to:
             self._sync_to = sync_to
         for replica in (*self.replicas, *self.joining):
-            if replica.written < self.head or replica.synced < self._sync_to:
+            if replica.written < self.head:
                 replica.wake.set()
+            if replica.synced < self._sync_to <= replica.written:
+                replica.wake_sync.set()
 
     def _segments(
         self, replica: Replica, start: int, end: int
@@ -403,53 +410,95 @@ class Journal:
                     waiter.set_result(None)
 
     def _start(self, replica: Replica) -> None:
-        replica.task = self._loop.create_task(self._carry(replica))
+        replica.tasks = [
+            self._loop.create_task(self._keep(replica, replica.wake, self._write_some)),
+            self._loop.create_task(self._keep(replica, replica.wake_sync, self._sync_some)),
+        ]
 
-    async def _carry(self, replica: Replica) -> None:
-        """Keep one replica written and synced, until it fails or the journal closes."""
+    async def _keep(
+        self,
+        replica: Replica,
+        wake: asyncio.Event,
+        step: Callable[[Replica], Coroutine[None, None, bool]],
+    ) -> None:
+        """Repeat a step whenever there is something for it, until the replica fails or the journal
+        closes. Writing and syncing are two such loops, so that neither waits for the other."""
         try:
             while not replica.failed:
-                await replica.wake.wait()
-                replica.wake.clear()
-                while not replica.failed and await self._step(replica):
+                await wake.wait()
+                wake.clear()
+                while not replica.failed and await step(replica):
                     self._progress()
         except DeviceError as error:
-            if not replica.failed:
-                replica.failed = True
-                self._on_failure(replica.member, error)
+            self._fail(replica, error)
         finally:
             replica.reading = None
         self._progress()
 
-    async def _step(self, replica: Replica) -> bool:
-        """One write, sync, or both. Returns False when the replica has nothing to do."""
-        sync_to = self._sync_to
+    def _fail(self, replica: Replica, error: DeviceError) -> None:
+        if not replica.failed:
+            replica.failed = True
+            replica.wake.set()
+            replica.wake_sync.set()
+            self._on_failure(replica.member, error)
+
+    @contextmanager
+    def _in_time(self, replica: Replica) -> Iterator[None]:
+        """Fail the replica if what is awaited inside takes too long; the loop that awaits it is
+        left behind (R4). Cheaper than a task of its own: flushes wait for this."""
+
+        def expired() -> None:
+            text = f"{replica.device.url}: no answer for {WRITE_SECONDS:.0f} s"
+            self._fail(replica, DeviceError(errno.ETIMEDOUT, text))
+            replica.reading = None
+            self._progress()
+
+        timer = self._loop.call_later(WRITE_SECONDS, expired)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    async def _write_some(self, replica: Replica) -> bool:
+        """One write. Returns False when the replica has everything."""
         start = replica.written
         end = min(self.head, start + CHUNK_BLOCKS)
-        if start < end and start < max(self._ring_from, self._staged - self._ring_blocks):
+        if start >= end:
+            return False
+        if start < max(self._ring_from, self._staged - self._ring_blocks):
             await self._catch_up(replica, end)
             return True
-        last = end == self.head
+        sync_to = self._sync_to
         must_sync = replica.synced < sync_to and end >= sync_to
-        if start < end:
-            segments = list(self._segments(replica, start, end))
-            at_once = must_sync and last and len(segments) == 1 and replica.synced == start
-            replica.reading = start
-            await answer(_write(replica, segments, at_once), WRITE_SECONDS, replica.device.url)
-            replica.reading = None
-            # An append may have brought it further meanwhile.
-            replica.written = max(replica.written, end)
-            replica.follows = True
-            if at_once:
-                replica.synced = max(replica.synced, end)
-                return True
+        segments = list(self._segments(replica, start, end))
+        # A write that syncs itself saves a call, but covers no write before it.
+        at_once = must_sync and end == self.head and len(segments) == 1 and replica.synced == start
+        replica.reading = start
+        with self._in_time(replica):
+            for offset, views in segments:
+                await replica.device.write(offset, views, sync=at_once)
+        replica.reading = None
+        # An append may have brought it further meanwhile.
+        replica.written = max(replica.written, end)
+        replica.follows = True
+        if at_once:
+            replica.synced = max(replica.synced, end)
+        # A flush may have come while the write was under way.
         unsynced = replica.written - replica.synced
-        if unsynced and (must_sync or unsynced > UNSYNCED_BLOCKS):
-            reached = replica.written
-            await answer(replica.device.sync(), WRITE_SECONDS, replica.device.url)
-            replica.synced = max(replica.synced, reached)
-            return True
-        return start < end
+        if replica.synced < self._sync_to <= replica.written or unsynced > UNSYNCED_BLOCKS:
+            replica.wake_sync.set()
+        return True
+
+    async def _sync_some(self, replica: Replica) -> bool:
+        """One sync. Returns False when there is nothing that must be synced."""
+        reached, sync_to = replica.written, self._sync_to
+        must_sync = replica.synced < sync_to <= reached
+        if not must_sync and reached - replica.synced <= UNSYNCED_BLOCKS:
+            return False
+        with self._in_time(replica):
+            await replica.device.sync()
+        replica.synced = max(replica.synced, reached)
+        return True
 
     async def _catch_up(self, replica: Replica, end: int) -> None:
         """Copy what the ring no longer has from a replica that has it (R5)."""
@@ -500,9 +549,10 @@ class Journal:
         """Change the replica set, after a root that says so was committed. Replicas in `come` are
         synced through everything that a flush has been answered for."""
         for replica in self.replicas:
-            if replica.member in gone and replica.task is not None:
+            if replica.member in gone:
                 replica.failed = True
                 replica.wake.set()
+                replica.wake_sync.set()
         self.replicas = [r for r in self.replicas if r.member not in gone] + come
         self.joining = [r for r in self.joining if r not in come and r.member not in gone]
         self._kick(0)
@@ -524,10 +574,12 @@ class Journal:
         """Stop all tasks. What is not synced stays so; whoever needs it flushes before."""
         if self._timer is not None:
             self._timer.cancel()
-        tasks = [r.task for r in (*self.replicas, *self.joining) if r.task is not None]
+        tasks = [task for r in (*self.replicas, *self.joining) for task in r.tasks]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            # One that hangs in a device is left behind.
+            await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
         self.stop("the pool is closed")
 
     def stop(self, why: str) -> None:
@@ -540,8 +592,3 @@ class Journal:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(PoolStopped(self._stopped))
-
-
-async def _write(replica: Replica, segments: list[tuple[int, list[Buffer]]], sync: bool) -> None:
-    for offset, views in segments:
-        await replica.device.write(offset, views, sync=sync)

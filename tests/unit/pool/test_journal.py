@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.base import BLOCK_SIZE, DeviceError
-from backends.fault_script import Fail, Hang, Rule
+from backends.fault_script import Delay, Fail, Hang, Rule
 from pool import journal as journal_module
 from pool.errors import PoolStopped
 from pool.format import record
@@ -304,6 +304,21 @@ def test_a_flush_waits_for_every_replica() -> None:
     in_loop(scenario())
 
 
+def test_a_flush_that_comes_while_replicas_are_written_waits_for_no_timer() -> None:
+    async def scenario() -> None:
+        bench = Bench()
+        for disk in bench.disks[1:]:
+            disk.script.add(Rule(frozenset({"write"}), Delay(0.01), times=None))
+        await bench.write(2)
+        await asyncio.sleep(journal_module.IDLE_SECONDS + 0.005)
+        began = asyncio.get_running_loop().time()
+        await bench.journal.flush()
+        assert asyncio.get_running_loop().time() - began < 0.02
+        await bench.journal.close()
+
+    in_loop(scenario())
+
+
 def test_a_replica_that_hangs_is_given_up_after_the_time_limit() -> None:
     async def scenario() -> None:
         bench = Bench()
@@ -440,7 +455,7 @@ def test_close_ends_everybody_who_waits() -> None:
         with pytest.raises(PoolStopped, match="the pool is closed"):
             await journal.flush()
         await journal.flush(SIZE)
-        assert all(replica.task is not None and replica.task.done() for replica in journal.replicas)
+        assert all(task.done() for replica in journal.replicas for task in replica.tasks)
 
     in_loop(scenario())
 
