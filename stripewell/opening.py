@@ -6,10 +6,11 @@ Called by the daemon, and by commands when no daemon serves the pool. Everything
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,10 @@ from stripewell.names import check_name
 from stripewell.state import PoolRecord
 
 Backend = Device | ObjectStore
+
+#: How long a busy device is asked again, and how often.
+BUSY_SECONDS = 4.0
+BUSY_TRIES = 20
 
 #: Schemes whose path is one of this host; "" is a bare path.
 _LOCAL = {"", "file", "block", "dir"}
@@ -196,12 +201,22 @@ async def _open_those_there(
     problems = []
     for url in urls:
         try:
-            backends.append(await open_backend(url, writable=writable))
+            backends.append(await _when_free(url, writable=writable))
         except DeviceBusy as error:
             raise UserError(one_line(error)) from error
         except DeviceError as error:
             problems.append(one_line(error))
     return problems
+
+
+async def _when_free(url: str, *, writable: bool) -> Backend:
+    """Open a backend; one that is busy may belong to a daemon that was killed and is still going:
+    its last calls must end before anybody else may write (R22)."""
+    for _ in range(BUSY_TRIES):
+        with suppress(DeviceBusy):
+            return await open_backend(url, writable=writable)
+        await asyncio.sleep(BUSY_SECONDS / BUSY_TRIES)
+    return await open_backend(url, writable=writable)
 
 
 @asynccontextmanager
