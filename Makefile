@@ -12,8 +12,8 @@ help:
 	@echo "make test    everything, with real clients and virtual machines"
 	@echo "make demo    two devices die under a running guest; nothing is lost"
 	@echo "make bench   throughput, side by side with other NBD servers"
-	@echo "make sim     crash simulation, SEEDS=n of them (default 200)"
-	@echo "make soak    the simulation until interrupted"
+	@echo "make sim     crash simulation, SEEDS=n of them (default 200), SEED=n, CRASH=name:n"
+	@echo "make soak    the simulation until interrupted, or for MINUTES=n"
 	@echo "make clean   remove what can be made again"
 
 $(READY): pyproject.toml constraints.txt tools/setup.sh

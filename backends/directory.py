@@ -135,7 +135,7 @@ class DirectoryStore:
         if growth > 0 and self._used + self._reserved + growth > self._size:
             raise DeviceFull(
                 f"{self._url}: {name} needs {growth} bytes, {self._used} of {self._size} are used:"
-                " delete objects or add a device"
+                " free space, or give it a larger size="
             )
 
     async def _result(self, action: str, call: Awaitable[T]) -> T:

@@ -32,14 +32,14 @@ def translate(url: str, action: str, cause: OSError) -> DeviceError:
     if code in _GONE:
         return gone(url, os.strerror(code))
     if code in _FULL:
-        return DeviceFull(f"{url}: no room left for {action}: free space under it or add a device")
-    remedy = _REMEDIES.get(code, "check the medium, then repair or replace it")
+        return DeviceFull(f"{url}: no room left for {action}: free space under it")
+    remedy = _REMEDIES.get(code, "check the medium and its cables")
     return DeviceError(code, f"{url}: {action} failed: {os.strerror(code)}: {remedy}")
 
 
 def gone(url: str, reason: str) -> DeviceGone:
     """Return the error of a device that will not answer again."""
-    return DeviceGone(f"{url} has vanished ({reason}): bring it back or replace it in the pool")
+    return DeviceGone(f"{url} has vanished ({reason}): bring it back, then restart the daemon")
 
 
 def read_only(url: str) -> DeviceError:

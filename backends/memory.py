@@ -99,7 +99,7 @@ class MemoryStore:
         check_name(self._url, name)
         others = sum(len(data) for key, data in self._objects.items() if key != name)
         if others + sum(map(len, buffers)) > self._size:
-            raise DeviceFull(f"{self._url}: {name} does not fit: delete objects or add a device")
+            raise DeviceFull(f"{self._url}: {name} does not fit: delete objects")
         self._objects[name] = b"".join(buffers)
 
     async def get(self, name: str, offset: int, length: int) -> bytes:

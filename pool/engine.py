@@ -14,7 +14,7 @@ from backends.base import BLOCK_SIZE, DeviceError
 from pool.apply import apply
 from pool.blockmap import LayerMap
 from pool.checkpoint import Checkpoint
-from pool.errors import PoolStopped
+from pool.errors import PoolFull, PoolStopped
 from pool.journal import Committed, Journal
 from pool.loader import Loader
 from pool.maintenance import Maintenance
@@ -44,6 +44,9 @@ class Engine:
         self._clock = clock
         self._kick_at = 0
         blocks = max(1, state.journal_blocks // 8)
+        #: Journal blocks that only trims, deletes and the like may use: they go on when the pool is
+        #: full (P5).
+        self.headroom = max(2, min(64, state.journal_blocks // 64))
         self.piece_bytes = min(PIECE_BYTES, blocks * BLOCK_SIZE)
 
     @property
@@ -92,8 +95,9 @@ class Engine:
 
     # -- waiting -----------------------------------------------------------------------------
 
-    async def wait_room(self) -> None:
-        """Return when the journal may have room again. Raises PoolStopped."""
+    async def wait_room(self, blocks: int) -> None:
+        """Return when the journal may have room for `blocks` again. Raises PoolFull if nothing can
+        be packed, PoolStopped."""
         if self.state.stopped:
             raise PoolStopped(self.state.stopped)
         maintenance = self.maintenance
@@ -104,6 +108,9 @@ class Engine:
             await self.journal.wait_room()
         finally:
             maintenance.writers_waiting -= 1
+        if maintenance.out_of_space and not self.journal.room(blocks):
+            self.state.counters["writes_refused_full"] += 1
+            raise PoolFull
         if self.state.stopped:
             raise PoolStopped(self.state.stopped)
 
@@ -119,7 +126,7 @@ class Engine:
         text = json.dumps(change, sort_keys=True).encode()
         blocks = -(-len(text) // BLOCK_SIZE)
         while not self.journal.room(blocks):
-            await self.wait_room()
+            await self.wait_room(blocks)
         if self.staged:
             self.commit()
         self.journal.stage_catalog(text)

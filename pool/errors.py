@@ -19,7 +19,7 @@ class PoolFull(OSError):
     """A write needs new space and there is none (P5)."""
 
     def __init__(self) -> None:
-        super().__init__(errno.ENOSPC, "the pool is full: add a device or delete data")
+        super().__init__(errno.ENOSPC, "the pool is full: delete volumes, or TRIM in the guests")
 
 
 class DataLost(OSError):

@@ -17,13 +17,15 @@ from pool.format import stripe as stripe_format
 from pool.format.location import TAG_SHIFT, TAG_STRIPE, stripe_of
 from pool.state import State
 from pool.table import DATA, NOWHERE, Stripe
+from pool.words import counted
 
 FAULTS_MAX = 1000
 
 
 async def check_pool(engine: Engine, progress: Callable[[int, int], None]) -> list[str]:
-    """One line per fault found, at most `FAULTS_MAX`."""
+    """One line per fault found, at most `FAULTS_MAX`; in the end one per device that is missing."""
     state = engine.state
+    away = Counter[int]()
     stripes = sorted(state.table.rows)
     total = len(stripes) + sum(len(m.pointers) + len(m.leaves) for m in state.maps.values())
     faults, done = await _check_map(engine, progress, total)
@@ -31,11 +33,14 @@ async def check_pool(engine: Engine, progress: Callable[[int, int], None]) -> li
         done += 1
         progress(min(done, total), total)
         if stripe in state.table and len(faults) < FAULTS_MAX:
-            faults += await _check_stripe(engine, state.table.get(stripe))
+            faults += await _check_stripe(engine, state.table.get(stripe), away)
     for anchor in list(state.committed.anchors.values()):
         if anchor.id in state.committed.anchors:
-            faults += await _check_stripe(engine, anchor)
-    return faults[:FAULTS_MAX]
+            faults += await _check_stripe(engine, anchor, away)
+    return faults[:FAULTS_MAX] + [
+        f"device {device} is missing: {counted(shards, 'shard')} on it could not be checked"
+        for device, shards in sorted(away.items())
+    ]
 
 
 async def _check_map(
@@ -92,16 +97,20 @@ def _check_leaf(
     return faults
 
 
-async def _check_stripe(engine: Engine, row: Stripe) -> list[str]:
-    """Every stored shard must have the right header and the right bytes."""
+async def _check_stripe(engine: Engine, row: Stripe, away: Counter[int]) -> list[str]:
+    """Every stored shard must have the right header and the right bytes; `away` counts those on
+    devices that are missing."""
     state = engine.state
     faults = []
     with state.gate.inside():
         for shard, (device, slot) in enumerate(row.places):
-            member = state.members.get(device) if device != NOWHERE else None
             where = f"stripe {row.id}, shard {shard} on device {device}"
+            if device == NOWHERE:
+                faults.append(f"stripe {row.id}, shard {shard} is missing: it was never stored")
+                continue
+            member = state.members.get(device)
             if member is None or not member.present or member.shards is None:
-                faults.append(f"{where}: the device is missing")
+                away[device] += 1
                 continue
             size = row.shape.header_bytes + row.shape.shard_bytes
             try:

@@ -147,6 +147,10 @@ class Journal:
     def used(self) -> int:
         return self.head - self.tail
 
+    def wake_writers(self) -> None:
+        """Let everybody who waits for room look again."""
+        self._progress()
+
     def room(self, blocks: int) -> bool:
         """Whether `blocks` payload blocks (with their headers) can be staged now."""
         end = self._staged + blocks + 2 + (blocks >> 7)
@@ -330,7 +334,7 @@ class Journal:
         else:
             self._staged = self.head
             self._report(failures)
-            raise PoolStopped("no journal device takes writes: replace the failed devices")
+            raise PoolStopped("no journal device takes writes: bring devices back and restart")
         self._report(failures)
 
     def _report(self, failures: list[tuple[int, DeviceError]]) -> None:

@@ -33,6 +33,8 @@ DROP_LEAVES = 256
 CHECKPOINT_SECONDS = 30.0
 #: How long nothing was written before the journal is packed although it has room.
 QUIET_SECONDS = 0.2
+#: How often storage that ran full under its members is tried again.
+FULL_SECONDS = 5.0
 
 
 class Step(Enum):
@@ -138,6 +140,9 @@ class Maintenance:
         self._seen_head, self._seen_at = moving.state.journal.head, clock()
         self._stopping = False
         self.writers_waiting = 0
+        #: Nothing could be packed when it was last tried: writers must not wait for it.
+        self.out_of_space = False
+        self._full_at = clock()
         self.catch_up = CatchUp(moving.state, moving.reader)
 
     def start(self) -> None:
@@ -218,9 +223,11 @@ class Maintenance:
             head = self._state.journal.head
             if not await destage(self._moving, self._step_stripes(), force=False):
                 self._starved_at = head
+            self.out_of_space = False
             self._moving.loader.trim_memory()
         elif step is Step.DRAIN:
             await destage(self._moving, self._step_stripes(), force=True)
+            self.out_of_space = False
         elif step is Step.COLLECT:
             await self._collect()
         elif step is Step.CHECKPOINT:
@@ -228,6 +235,8 @@ class Maintenance:
         elif step is Step.DROP:
             await self._drop_layer()
         else:
+            if self.writers_waiting and self._state.fifo:
+                self._give_up_on_space()
             waits_for_quiet = self._state.fifo and not self._quiet()
             if not self.catch_up.left:
                 await self._sleep(QUIET_SECONDS if waits_for_quiet else CHECKPOINT_SECONDS / 2)
@@ -279,6 +288,7 @@ class Maintenance:
             if not waiter.done():
                 waiter.set_result(None)
         self._clean_at, self._clean_head = self._clock(), head
+        self.out_of_space = False
         self._collectable = True
         self._moving.loader.trim_memory()
 
@@ -300,7 +310,20 @@ class Maintenance:
         except NoSpace:
             pass
         if self._state.free_stripes() <= before:
+            self._give_up_on_space()
             await self._sleep(0.5)
+
+    def _give_up_on_space(self) -> None:
+        """Nothing can be packed: whoever waits for room in the journal hears that the pool is full
+        (P5), and the storage under full members is tried again after a while."""
+        state = self._state
+        self.out_of_space = True
+        state.journal.wake_writers()
+        if any(m.full for m in state.active()) and self._clock() - self._full_at > FULL_SECONDS:
+            self._full_at = self._clock()
+            for member in state.active():
+                member.full = False
+            state.update_limit()
 
     async def _drop_layer(self) -> None:
         """Take a part of a deleted volume's map out; the checkpoint forgets the layer when it is

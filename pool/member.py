@@ -147,7 +147,7 @@ async def read_superblocks(backend: Device | ObjectStore) -> list[tuple[int, Sup
     if not found and damaged:
         raise PoolError(
             f"{backend.url}: it belongs to a stripewell pool, but no whole superblock is left on "
-            "it: import the pool from the other devices, then replace this one"
+            "it: leave it out"
         )
     return [found[key] for key in sorted(found, reverse=True)]
 

@@ -19,6 +19,7 @@ from pool.member import Member, MemberState
 from pool.overdue import WRITE_SECONDS, answer
 from pool.roots import quorum
 from pool.state import STRIPE_WINDOW, Committed, State
+from pool.words import counted
 
 #: Stripe ids left at which a root reserves the next window.
 STRIPE_LOW = STRIPE_WINDOW // 2
@@ -88,7 +89,7 @@ class Membership:
                 # The attempt may or may not become the pool's root: nobody may build on either.
                 state.generation += 1
                 self._stop(
-                    f"a root could be written on {len(taken)} devices only, "
+                    f"a root could be written on {counted(len(taken), 'device')} only, "
                     f"{quorum(len(group), state.parity)} are needed"
                 )
         for index, slot in taken.items():
@@ -175,8 +176,8 @@ class Membership:
             return
         if len(state.active()) <= state.parity:
             self._stop(
-                f"{len(state.active())} devices are left, more than {state.parity} are needed to "
-                "write: bring devices back and restart"
+                f"{counted(len(state.active()), 'device')} left, more than {state.parity} are "
+                "needed to write: bring devices back and restart"
             )
         journal = state._journal
         come: list[Replica] = []
@@ -187,7 +188,7 @@ class Membership:
         else:
             replicas = [index for index in self._replicas if index not in gone]
         if not replicas:
-            self._stop("no journal device is left: replace the failed devices and restart")
+            self._stop("no journal device is left: bring devices back and restart")
         await self._commit(state.committed, replicas)
         self._replicas = replicas
         for index in gone:

@@ -44,7 +44,7 @@ def choose(candidates: Sequence[Candidate], count: int, rng: random.Random) -> l
     """
     usable = [candidate for candidate in candidates if candidate.free > 0]
     if len(usable) < count:
-        raise NoSpace(f"{count} devices needed, {len(usable)} have free slots: add or free some")
+        raise NoSpace(f"{count} devices needed, {len(usable)} have free slots: delete data")
     return [rank[-1] for rank in heapq.nsmallest(count, _ranks(usable, rng))]
 
 

@@ -305,6 +305,7 @@ def _attach(
             # is verified as it is read; what it missed was never placed on it (R24).
             returned.add(member.index)
             member.state = MemberState.ACTIVE
+            member.reason = ""
     assert present <= active(root.root)
     return present, returned
 
@@ -394,7 +395,7 @@ async def _recover(
     engine.start(catch_up=missed)
     # The last life may have filled the journal, and the mark must not go over live space.
     while not journal.room(0):
-        await engine.wait_room()
+        await engine.wait_room(0)
     journal.stage_mark()
     journal.commit(flags=FLAG_TERM_START)
     await journal.flush()
@@ -414,7 +415,7 @@ async def _start_term(engine: Engine, copy: Copy, returned: set[int]) -> list[Re
         whole = [member for member in whole if member.present]
         target = _next_replica(state, old, whole)
         if target is None and not whole:
-            raise PoolStopped("no journal device takes writes: replace the failed devices")
+            raise PoolStopped("no journal device takes writes: bring devices back and restart")
         if target is None:
             await membership.name_replicas([member.index for member in whole])
             await membership.settled()

@@ -28,6 +28,7 @@ from pool.mover import Mover
 from pool.placement import Candidate, NoSpace, capacity, choose, width
 from pool.shards import FastRead
 from pool.table import NOWHERE, Stripe, StripeTable
+from pool.words import counted
 
 #: Stripe ids reserved by each root; ids below the limit may have been used (R1).
 STRIPE_WINDOW = 1 << 16
@@ -98,6 +99,8 @@ class State:
     used: int = 0
     reserved: int = 0
     limit: int = 0
+    #: Blocks of the last write that was refused for want of space.
+    refused: int = 0
     #: Members whose copy of the journal may lack what was synced (`pool.replicas`).
     behind: set[int] = field(default_factory=set)
     #: (member, stripe, shard) of objects that nothing refers to any more.
@@ -176,18 +179,22 @@ class State:
         """Promise space to a write. Raises PoolFull (P5)."""
         if self.used + self.reserved + blocks > self.limit:
             self.counters["writes_refused_full"] += 1
+            self.refused = blocks
             raise PoolFull
         self.reserved += blocks
 
     # -- space -------------------------------------------------------------------------------
 
     def width(self) -> tuple[int, int]:
-        """(k, m) of new stripes: narrower when members are missing (P6). Raises PoolStopped."""
-        found = width(len(self.active()), self.data, self.parity)
+        """(k, m) of new stripes: narrower when members are missing, or the storage under them has
+        run full (P6). Raises PoolStopped."""
+        members = self.active()
+        usable = sum(not member.full for member in members)
+        found = width(usable, self.data, self.parity) or width(len(members), self.data, self.parity)
         if found is None:
             raise PoolStopped(
-                f"{len(self.active())} devices are left, more than {self.parity} are needed to "
-                "write"
+                f"{counted(len(self.active()), 'device')} left, more than {self.parity} are "
+                "needed to write"
             )
         return found
 
@@ -236,9 +243,7 @@ class State:
         count = len(self.catalog.layers) + 1
         stripes = self._catalog_stripes(count)
         if stripes > self.total_stripes() // 8 or (stripes and self.used > self._limit(stripes)):
-            raise PoolError(
-                f"the pool is too small for {count} volumes: add devices, or delete volumes"
-            )
+            raise PoolError(f"the pool is too small for {count} volumes: delete volumes")
         # Each stripe has a pointer and an anchor in the root.
         need = stripes * (80 + 14 * sum(self.width()))
         if need > min(member.layout.root_bytes for member in self.members.values()) * 3 // 4:

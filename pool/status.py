@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,21 +11,22 @@ from backends.base import BLOCK_SIZE
 from pool.member import Member
 from pool.state import State
 from pool.table import NOWHERE
+from pool.words import counted
 
 
 def describe(state: State, *, volumes: int, stopped: str | None) -> dict[str, Any]:
     """A JSON-able picture of the pool; sizes in bytes. `stopped` says why writes are refused, if
     they should not be."""
     journal = state._journal
-    degraded, narrow = _stripe_health(state)
-    problems = _problems(state, stopped)
+    health = _stripe_health(state)
+    problems = _problems(state, stopped, health.lost)
     used = state.used * BLOCK_SIZE
     capacity = state.limit * BLOCK_SIZE
     replicas = [r.member for r in journal.replicas if not r.failed] if journal else []
     return {
         "name": state.name,
         "uuid": state.uuid.hex(),
-        "state": _state(state, stopped, degraded, problems),
+        "state": _state(state, stopped, health, problems),
         "data": state.data,
         "parity": state.parity,
         "generation": state.generation,
@@ -40,49 +42,83 @@ def describe(state: State, *, volumes: int, stopped: str | None) -> dict[str, An
             "target_replicas": state.parity + 1,
         },
         "devices": [_device(state, member, replicas) for member in state.members.values()],
-        "stripes": {"total": len(state.table), "degraded": degraded, "narrow": narrow},
+        "stripes": {"total": len(state.table), **asdict(health)},
         "volumes": volumes,
         "problems": problems,
         "counters": dict(sorted(state.counters.items())),
     }
 
 
-def _stripe_health(state: State) -> tuple[int, int]:
-    """(stripes with a shard that is not at hand, stripes narrower than the pool's code)."""
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """Stripes that miss a shard, that have fewer data shards than the pool's code, and that miss
+    more shards than they have parity: what was on those cannot be read."""
+
+    degraded: int = 0
+    narrow: int = 0
+    lost: int = 0
+
+
+def _stripe_health(state: State) -> _Health:
     widths, devices = state.table.shapes()
     if not len(widths):
-        return 0, 0
+        return _Health()
     present = np.array([m.index for m in state.active()], np.uint16)
     stored = devices != NOWHERE
-    away = (stored & ~np.isin(devices, present)).any(axis=1)
-    return int(away.sum()), int((widths < state.data).sum())
+    at_hand = stored & np.isin(devices, present)
+    away = (stored & ~at_hand).any(axis=1)
+    lost = at_hand.sum(axis=1) < widths
+    return _Health(int(away.sum()), int((widths < state.data).sum()), int(lost.sum()))
 
 
-def _problems(state: State, stopped: str | None) -> list[str]:
+def _nearly_full(state: State) -> bool:
+    """Less is left than a stripe and than 0.5 %, or than the last write that was refused wanted."""
+    left = state.limit - state.used
+    few = min(state.data * state.slot_blocks, state.limit // 200)
+    return left <= 0 or left < max(few, state.refused)
+
+
+def _problems(state: State, stopped: str | None, lost: int) -> list[str]:
     found = [stopped] if stopped else []
+    if lost:
+        missing = sum(not member.present for member in state.members.values())
+        verb = "is" if missing == 1 else "are"
+        found.append(
+            f"{counted(missing, 'device')} {verb} missing, {state.parity} can be: "
+            f"{counted(lost, 'stripe')} cannot be read: bring devices back, restart the daemon"
+        )
+    if _nearly_full(state):
+        found.append(
+            "the pool is full: delete volumes, or TRIM in the guests, then let guests go on"
+        )
     found += list(state.problems.values())
     for member in state.members.values():
-        if member.state == "gone" or member.backend is None:
-            found.append(f"device {member.index} ({member.url}) is missing: {member.reason}")
+        if not member.present:
+            reason = member.reason or "it was not found"
+            found.append(f"device {member.index} ({member.url}) is missing: {reason}")
         elif member.full:
             found.append(f"the storage under device {member.index} ({member.url}) is full")
     journal = state._journal
     if journal is not None:
         have = sum(not r.failed for r in journal.replicas)
         if have < state.parity + 1:
+            safe = counted(max(0, have - 1), "device")
             found.append(
-                f"the journal has {have} replicas instead of {state.parity + 1}: until they are "
-                f"packed into stripes, writes survive the loss of {max(0, have - 1)} devices only"
+                f"the journal has {counted(have, 'replica')} instead of {state.parity + 1}: until "
+                f"they are packed into stripes, writes survive the loss of {safe} only"
             )
     return found
 
 
-def _state(state: State, stopped: str | None, degraded: int, problems: list[str]) -> str:
+def _state(state: State, stopped: str | None, health: _Health, problems: list[str]) -> str:
+    """The worst that is true."""
+    if health.lost:
+        return "failed"
     if stopped:
         return "read-only"
-    if state.used >= state.limit:
+    if _nearly_full(state):
         return "full"
-    return "degraded" if degraded or problems else "healthy"
+    return "degraded" if health.degraded or problems else "healthy"
 
 
 def _device(state: State, member: Member, replicas: list[int]) -> dict[str, Any]:

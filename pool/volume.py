@@ -223,7 +223,7 @@ class Volume:
                 return False
         elif leaf_map.missing(block, count):
             return False
-        if not journal.room(count):
+        if not journal.room(count + self._engine.headroom):
             self._engine.journal_full()
             return False
         if state.used + state.reserved + count > state.limit:
@@ -281,8 +281,9 @@ class Volume:
             if self.try_write(offset, data):
                 self._engine.commit()
                 return
-            if not self._engine.journal.room(last - first + 1):
-                await self._engine.wait_room()
+            needed = last - first + 1 + self._engine.headroom
+            if not self._engine.journal.room(needed):
+                await self._engine.wait_room(needed)
                 continue
             # The edges are cold: once read, they are in the page cache.
             for edge in {first, last}:
@@ -321,7 +322,7 @@ class Volume:
             if self._stage(first, whole):
                 self._engine.commit()
                 return
-            await self._engine.wait_room()
+            await self._engine.wait_room(last - first + 1 + self._engine.headroom)
 
     def _locations(self, first: int, last: int) -> list[int]:
         runs = [next(self._runs(block, 1)) for block in (first, last)]
@@ -370,7 +371,7 @@ class Volume:
             if self._engine.staged:
                 self._engine.commit()
             if not self._engine.journal.room(0):
-                await self._engine.wait_room()
+                await self._engine.wait_room(0)
                 continue
             if kind == KIND_ZERO:
                 state = self._state

@@ -21,7 +21,7 @@ import click
 from stripewell import attach as attaching
 from stripewell import output
 from stripewell.control import Progress, no_progress
-from stripewell.endpoints import NBD_PORT, Address, Endpoints, parse_address
+from stripewell.endpoints import NBD_PORT, Address, Endpoints, parse_address, parse_socket
 from stripewell.errors import UserError
 from stripewell.names import split_volume
 from stripewell.progress import shown
@@ -52,6 +52,7 @@ def _parsed(parse: Callable[[str], object]) -> Callable[..., Any]:
 SIZE = _parsed(parse_size)
 NBD_ADDRESS = _parsed(lambda text: parse_address(text, NBD_PORT))
 HTTP_ADDRESS = _parsed(parse_address)
+SOCKET = _parsed(parse_socket)
 
 
 def _use_state(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
@@ -101,7 +102,23 @@ async def _call(
         return await caller.call(operation, args, progress)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Group(click.Group):
+    """Commands without guesses: "did you mean" next to a command that overwrites disks is none."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"no such command {args[0]!r}: there are {', '.join(sorted(self.commands))}")
+        return super().resolve_command(ctx, args)
+
+
+Group.group_class = Group
+
+
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="stripewell", message="%(prog)s %(version)s")
 @state_option
 @click.pass_context
@@ -154,13 +171,14 @@ def pool_create(
         )
     state.make_directories()
     from pool import PoolSpec
+    from pool.words import counted
     from stripewell.opening import create
 
     spec = PoolSpec(name, data, parity, slot_size, journal_size)
     with shown(f"create {name}") as progress:
         record = _run(create(spec, urls, journal, force=force, progress=progress))
     state.save(record)
-    text = f"created pool {name} ({data}+{parity}, {len(record.devices)} devices)"
+    text = f"created pool {name} ({data}+{parity}, {counted(len(record.devices), 'device')})"
     _print(as_json, asdict(record), text)
 
 
@@ -170,6 +188,7 @@ def pool_create(
 @click.pass_obj
 def pool_import(state: State, urls: tuple[str, ...], as_json: bool) -> None:
     """Make a pool known here, from its devices alone. Some may be missing."""
+    from pool.words import counted
     from stripewell.opening import identify
 
     record, status = _run(identify(urls))
@@ -181,7 +200,11 @@ def pool_import(state: State, urls: tuple[str, ...], as_json: bool) -> None:
         )
     state.save(record)
     missing = [device for device in status["devices"] if device["state"] != "active"]
-    lines = [f"imported pool {record.name} ({status['state']}, {len(record.devices)} devices)"]
+    if status["state"] == "failed":
+        for problem in status["problems"]:
+            _warn(problem)
+    devices = counted(len(record.devices), "device")
+    lines = [f"imported pool {record.name} ({status['state']}, {devices})"]
     lines += [f"without device {one['index']}, last seen at {one['url']}" for one in missing]
     data = asdict(record) | {"state": status["state"], "missing": [one["url"] for one in missing]}
     _print(as_json, data, "\n".join(lines))
@@ -218,7 +241,8 @@ def pool_check(ctx: click.Context, name: str, as_json: bool) -> None:
 def pool_list(state: State, as_json: bool) -> None:
     """Pools known here."""
     pools = [
-        asdict(record) | {"served": _run(served(state, record.name))} for record in state.records()
+        asdict(record) | {"served": _run(served(state, record.name))}
+        for record in state.records(_warn)
     ]
     _print(as_json, pools, output.pool_list(pools) if pools else f"no pool known in {state.root}")
 
@@ -294,7 +318,7 @@ async def _endpoints(state: State, record: PoolRecord, volume: str) -> Endpoints
 
 @cli.command()
 @click.argument("name")
-@click.option("--unix", type=click.Path(path_type=Path), metavar="PATH", help="NBD socket.")
+@click.option("--unix", callback=SOCKET, metavar="PATH", help="NBD socket.")
 @click.option("--tcp", callback=NBD_ADDRESS, metavar="HOST[:PORT]", help="Serve NBD over TCP, too.")
 @click.option("--http", callback=HTTP_ADDRESS, metavar="HOST:PORT", help="/metrics and /healthz.")
 @state_option
@@ -306,5 +330,6 @@ def serve(
     record = state.record(name)
     from stripewell import daemon
 
-    listen = daemon.Listen((unix or state.nbd_socket(name)).absolute(), tcp, http)
+    socket = unix or parse_socket(str(state.nbd_socket(name)))
+    listen = daemon.Listen(socket, tcp, http)
     daemon.serve(state, record, listen)

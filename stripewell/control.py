@@ -1,8 +1,9 @@
 """The control socket: commands reach the daemon that serves a pool.
 
 A unix socket of mode 0600 that carries one JSON object per line. A request is `{"call": OPERATION,
-"args": {...}}`; the answer is any number of `{"progress": [done, total]}` lines and then
-`{"result": ...}` or `{"error": "one line"}`. Requests of one connection are answered in order.
+"args": {...}}`; the answer is any number of `{"progress": [done, total]}` and `{"busy": true}`
+lines and then `{"result": ...}` or `{"error": "one line"}`. Requests of one connection are answered
+in order. A daemon that is at work sends a line every few seconds; one that sends none hangs.
 
 Invariants: lines, connections and unsent progress are bounded; whatever a client sends, the others
 and the daemon go on; a client that leaves ends what it asked for only where that changes nothing.
@@ -27,7 +28,9 @@ MAX_REQUEST = 64 * 1024
 MAX_REPLY = 16 * 1024 * 1024
 MAX_CONNECTIONS = 32
 _MAX_UNSENT_PROGRESS = 4096
-_CONNECT_SECONDS = 10.0
+#: How long a command waits for any line, and how often a daemon at work sends one.
+ANSWER_SECONDS = 10.0
+BUSY_SECONDS = 3.0
 
 Progress = Callable[[int, int], None]
 
@@ -111,7 +114,12 @@ class ControlServer:
                 return
             if not line.endswith(b"\n"):
                 return
-            _send(writer, await self._answer(line, writer))
+            busy = asyncio.create_task(_tell_busy(writer))
+            try:
+                answer = await self._answer(line, writer)
+            finally:
+                busy.cancel()
+            _send(writer, answer)
             await writer.drain()
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> dict[str, Any]:
@@ -136,7 +144,10 @@ class ControlServer:
 class ControlClient:
     """A `Caller` behind the socket."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._path = path
         self._reader = reader
         self._writer = writer
 
@@ -144,12 +155,12 @@ class ControlClient:
     async def connect(cls, path: Path) -> ControlClient | None:
         """None if no daemon listens there, also when one died and left its socket."""
         try:
-            async with asyncio.timeout(_CONNECT_SECONDS):
-                return cls(*await asyncio.open_unix_connection(path, limit=MAX_REPLY))
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return cls(path, *await asyncio.open_unix_connection(path, limit=MAX_REPLY))
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             return None
         except TimeoutError:
-            raise UserError(f"the daemon behind {path} does not answer") from None
+            raise _silent(path) from None
         except PermissionError:
             raise UserError(f"no permission for {path}: run this as the daemon's user") from None
         except OSError as error:
@@ -160,22 +171,40 @@ class ControlClient:
     ) -> Any:
         try:
             _send(self._writer, {"call": operation, "args": args or {}})
-            await self._writer.drain()
-            while True:
-                reply = _parse_object(await self._reader.readline())
-                if "progress" not in reply:
-                    break
-                progress(*reply["progress"])
+            while not {"result", "error"} & (reply := await self._line()).keys():
+                if "progress" in reply:
+                    progress(*reply["progress"])
+        except TimeoutError:
+            raise _silent(self._path) from None
         except (ConnectionError, ValueError):
             raise UserError("the daemon ended before it answered: look at its log") from None
         if "error" in reply:
             raise UserError(reply["error"])
         return reply["result"]
 
+    async def _line(self) -> dict[str, Any]:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return _parse_object(await self._reader.readline())
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
+
+
+def _silent(path: Path) -> UserError:
+    return UserError(
+        f"the daemon behind {path} does not answer: it is stopped or hangs; look at its log, or"
+        " end it with kill -9 and start it again"
+    )
+
+
+async def _tell_busy(writer: asyncio.StreamWriter) -> None:
+    """A line every few seconds, until cancelled."""
+    while not writer.is_closing():
+        await asyncio.sleep(BUSY_SECONDS)
+        if writer.transport.get_write_buffer_size() < _MAX_UNSENT_PROGRESS:
+            _send(writer, {"busy": True})
 
 
 def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:

@@ -19,16 +19,24 @@ from stripewell.names import check_name
 
 Arguments = dict[str, Any]
 
+#: The state of a pool whose devices another process has locked.
+ELSEWHERE = "served by another process"
+
 
 class Controller:
-    """Operations on one open pool. `dropped` is told the name of every volume that was deleted."""
+    """Operations on one open pool. `dropped` is told the name of every volume that was deleted.
+
+    `elsewhere`: another process serves the pool, so that its state can't be told from here."""
 
     def __init__(
         self,
         pool: Pool,
         endpoints: Endpoints | None = None,
         dropped: Callable[[str], None] = lambda name: None,
+        *,
+        elsewhere: bool = False,
     ) -> None:
+        self._elsewhere = elsewhere
         self._pool = pool
         self._endpoints = endpoints
         self._dropped = dropped
@@ -62,9 +70,14 @@ class Controller:
             raise UserError(one_line(error)) from error
 
     async def _status(self, args: Arguments, progress: Progress) -> dict[str, Any]:
-        return self._pool.status() | {"served": self._endpoints is not None}
+        status = self._pool.status() | {"served": self._endpoints is not None}
+        if self._elsewhere:
+            status |= {"state": ELSEWHERE, "problems": []}
+        return status
 
     async def _check(self, args: Arguments, progress: Progress) -> list[str]:
+        if self._elsewhere:
+            raise UserError(f"pool {self._pool.name} is {ELSEWHERE}: use the --state of its daemon")
         return await self._pool.check(progress)
 
     async def _where(self, args: Arguments, progress: Progress) -> dict[str, Any] | None:
@@ -78,7 +91,7 @@ class Controller:
                 "size": volume.size,
                 "used_bytes": volume.used_bytes,
                 "created": volume.created,
-                "state": volume.state,
+                "state": volume.state if self._endpoints else "not served",
             }
             for volume in self._pool.volumes()
         ]

@@ -26,10 +26,12 @@ from nbd_server.export import Export
 from nbd_server.server import Server
 from pool import Pool
 from pool.mover import ProcessMover
+from pool.words import counted
 from stripewell import systemd
 from stripewell.control import ControlServer
 from stripewell.controller import Controller
 from stripewell.endpoints import Address, Endpoints
+from stripewell.errors import UserError, one_line
 from stripewell.http import HttpServer, Response, plain
 from stripewell.opening import open_pool
 from stripewell.state import PoolRecord, State
@@ -63,6 +65,8 @@ async def _serve(state: State, record: PoolRecord, listen: Listen) -> None:
         for problem in opened.problems:
             print(f"stripewell: going on without a device: {problem}", file=sys.stderr)
         pool = opened.pool
+        for line in _absent(pool, opened.problems):
+            print(f"stripewell: going on without {line}", file=sys.stderr)
         server = Server(
             partial(_lookup, pool), lambda: [pool.volume(v.name) for v in pool.volumes()]
         )
@@ -74,11 +78,20 @@ async def _serve(state: State, record: PoolRecord, listen: Listen) -> None:
         if listen.http:
             stack.callback((await _serve_http(listen.http, pool, server)).stop)
         where = ", ".join(endpoints.uris())
-        count = len(pool.volumes())
-        print(f"stripewell: serving {record.name} on {where} ({count} volumes)", flush=True)
+        count = counted(len(pool.volumes()), "volume")
+        print(f"stripewell: serving {record.name} on {where} ({count})", flush=True)
         systemd.notify("READY=1")
         await stopped.wait()
         systemd.notify("STOPPING=1")
+
+
+def _absent(pool: Pool, told: list[str]) -> list[str]:
+    """A phrase for each device that the pool knows and nothing in `told` is about."""
+    return [
+        f"device {device['index']}, last seen at {device['url']}"
+        for device in pool.status()["devices"]
+        if device["state"] != "active" and not any(device["url"] in line for line in told)
+    ]
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -108,12 +121,19 @@ async def _listening(server: Server, listen: Listen) -> AsyncIterator[Endpoints]
     """The server on its sockets, stopped at the end."""
     try:
         await server.listen_unix(str(listen.unix))
-        tcp = listen.tcp
-        if tcp:
-            tcp = Address(tcp.host, await server.listen_tcp(tcp.host, tcp.port))
-        yield Endpoints(str(listen.unix), tcp)
+        yield Endpoints(str(listen.unix), await _listen_tcp(server, listen.tcp))
     finally:
         await server.stop(_GRACE_SECONDS)
+
+
+async def _listen_tcp(server: Server, address: Address | None) -> Address | None:
+    """Where it listens, with the port that was chosen for port 0. Raises `UserError`."""
+    if address is None:
+        return None
+    try:
+        return Address(address.host, await server.listen_tcp(address.host, address.port))
+    except OSError as error:
+        raise UserError(f"--tcp {address}: {one_line(error)}: give another address") from None
 
 
 async def _serve_http(address: Address, pool: Pool, server: Server) -> HttpServer:

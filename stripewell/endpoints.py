@@ -5,13 +5,17 @@ URIs follow NBD's doc/uri.md: nbd://HOST:PORT/EXPORT and nbd+unix:///EXPORT?sock
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote
 
 from stripewell.errors import UserError
 
 NBD_PORT = 10809
+#: What the kernel allows for the path of a unix socket.
+_PATH_MAX = 107
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]/\s]+)(?::(\d{1,5}))?")
 
@@ -39,6 +43,18 @@ class Endpoints:
         if self.tcp:
             uris.append(f"nbd://{self.tcp}/{quote(export)}")
         return uris
+
+
+def parse_socket(text: str) -> Path:
+    """The absolute path of a unix socket. Raises `UserError` for one that the kernel won't take."""
+    path = Path(text).absolute()
+    size = len(os.fsencode(path))
+    if size > _PATH_MAX:
+        raise UserError(
+            f"the path of a unix socket has at most {_PATH_MAX} bytes, {path} has {size}:"
+            " choose a shorter one with --unix or --state"
+        )
+    return path
 
 
 def parse_address(text: str, default_port: int | None = None) -> Address:

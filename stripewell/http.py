@@ -38,7 +38,9 @@ class HttpServer:
                 self._accepted, address.host, address.port, limit=_MAX_HEAD
             )
         except OSError as error:
-            raise UserError(f"can't listen on {address}: {error.strerror or error}") from None
+            raise UserError(
+                f"--http {address}: can't listen: {error.strerror or error}: give another address"
+            ) from None
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 

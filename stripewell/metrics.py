@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_POOL_STATES = ("healthy", "degraded", "read-only", "full")
+_POOL_STATES = ("healthy", "degraded", "full", "read-only", "failed")
 _DEVICE_STATES = ("active", "missing", "expelled")
 
 
@@ -62,6 +62,7 @@ def _space(pool: str, status: dict[str, Any]) -> Iterator[Metric]:
         ("journal_replicas_wanted", "Replicas aimed at", status["journal"]["target_replicas"]),
         ("stripes", "Stripes in the pool", status["stripes"]["total"]),
         ("stripes_degraded", "Stripes that miss a shard", status["stripes"]["degraded"]),
+        ("stripes_lost", "Stripes that cannot be read", status["stripes"]["lost"]),
         ("stripes_narrow", "Stripes written with fewer devices", status["stripes"]["narrow"]),
         ("volumes", "Volumes in the pool", status["volumes"]),
         ("pool_problems", "Problems that `pool status` names", len(status["problems"])),

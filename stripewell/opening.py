@@ -32,16 +32,22 @@ Backend = Device | ObjectStore
 BUSY_SECONDS = 4.0
 BUSY_TRIES = 20
 
+#: Bytes at both ends of a device that must be zeros before a pool is made on it. No data is
+#: recognised everywhere, but hardly any leaves both ends blank.
+EDGE_BYTES = 1 << 20
+
 #: Schemes whose path is one of this host; "" is a bare path.
 _LOCAL = {"", "file", "block", "dir"}
 
 
 @dataclass(frozen=True, slots=True)
 class OpenPool:
-    """A pool and what could not be opened of it, one line each."""
+    """A pool and what could not be opened of it, one line each; `elsewhere` if it was opened for
+    looking only and another process serves it."""
 
     pool: Pool
     problems: list[str]
+    elsewhere: bool = False
 
 
 @asynccontextmanager
@@ -62,7 +68,7 @@ async def open_pool(
                     f"the devices belong to another pool {pool.name!r} now ({pool.uuid}, not"
                     f" {record.uuid}): `stripewell pool import URL...` it with another --state"
                 )
-            yield OpenPool(pool, problems)
+            yield OpenPool(pool, problems, read_only and await _elsewhere(record.devices))
         finally:
             with _told():
                 await pool.close()
@@ -102,19 +108,24 @@ async def identify(urls: Sequence[str]) -> tuple[PoolRecord, dict[str, Any]]:
             )
     name = check_name("pool", newest.pool_name)
     record = PoolRecord(name, newest.pool_uuid, [absolute(url) for url in urls])
-    missing = _missing(newest.members, {result.device_uuid for result in found})
+    absent = _absent(newest.members, {result.device_uuid for result in found})
+    missing = [_phrase(member) for member in absent]
     try:
         async with open_pool(record, read_only=True) as opened:
-            status = await Controller(opened.pool).call("pool.status")
+            controller = Controller(opened.pool, elsewhere=opened.elsewhere)
+            status = await controller.call("pool.status")
     except UserError as error:
         raise UserError("; ".join([str(error), *missing])) from None
-    if len(missing) > status["parity"]:
+    if sum(member["state"] == "active" for member in absent) > status["parity"]:
         raise UserError("; ".join(["too few devices to serve the pool", *missing]))
     return record, status
 
 
 async def _probe(url: str) -> ProbeResult:
-    backend = await open_backend(url, writable=False)
+    try:
+        backend = await open_backend(url, writable=False)
+    except DeviceError as error:
+        raise UserError(f"{one_line(error)}; if it is lost, leave it out") from None
     try:
         found = await probe(backend)
     finally:
@@ -124,13 +135,28 @@ async def _probe(url: str) -> ProbeResult:
     return found
 
 
-def _missing(members: Sequence[dict[str, Any]], here: set[str]) -> list[str]:
-    """What the pool counts on and is not here, a phrase each."""
-    return [
-        f"device {member['index']} is missing, last seen at {member['url']}"
-        for member in members
-        if member["state"] == "active" and member["uuid"] not in here
-    ]
+def _absent(members: Sequence[dict[str, Any]], here: set[str]) -> list[dict[str, Any]]:
+    """Members that are not here, also those that the pool has gone on without."""
+    return [member for member in members if member["uuid"] not in here]
+
+
+def _phrase(member: dict[str, Any]) -> str:
+    return f"device {member['index']} is missing, last seen at {member['url']}"
+
+
+async def _elsewhere(urls: Sequence[str]) -> bool:
+    """True if another process holds the lock of one of these devices (R22). Changes nothing."""
+    for url in urls:
+        if parse_url(url).scheme not in {"", "file", "block"}:
+            continue  # opening a store for writing tidies it up
+        try:
+            backend = await open_backend(url)
+        except DeviceBusy:
+            return True
+        except DeviceError:
+            continue
+        await backend.close()
+    return False
 
 
 def refuse_twice(urls: Sequence[str]) -> None:
@@ -190,9 +216,17 @@ async def _refuse_foreign(backend: Backend) -> None:
     """Raises `UserError` for a device that somebody else's data is on."""
     if not isinstance(backend, Device):
         return
-    found = foreign_signature(await backend.read(0, min(HEAD_SIZE, backend.size)))
+    head = await backend.read(0, min(EDGE_BYTES, backend.size))
+    start = max(0, backend.size - EDGE_BYTES)
+    tail = await backend.read(start, backend.size - start)
+    found = foreign_signature(head[:HEAD_SIZE])
     if found:
         raise UserError(f"{backend.url} holds a {found}: choose another device, or --force")
+    if await probe(backend) is None and (any(head) or any(tail)):
+        raise UserError(
+            f"{backend.url} is not blank, it holds data of an unknown kind: choose another device,"
+            " or --force to overwrite it"
+        )
 
 
 async def _open_those_there(

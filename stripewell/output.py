@@ -25,12 +25,13 @@ def pool_status(status: dict[str, Any]) -> str:
     size = format_size
     lines = [
         f"pool      {status['name']} ({status['uuid']})",
-        f"state     {status['state']}{'' if status['served'] else ', not served'}",
+        f"state     {status['state']}{_service(status)}",
         f"code      {status['data']}+{status['parity']}",
         f"space     {size(status['used_bytes'])} used, {size(status['free_bytes'])} free,"
         f" {size(status['capacity_bytes'])} in all",
         f"journal   {_journal(journal, served=status['served'])}",
-        f"stripes   {stripes['total']}, {stripes['degraded']} degraded, {stripes['narrow']} narrow",
+        f"stripes   {stripes['total']}, {stripes['degraded']} degraded, {stripes['narrow']} narrow,"
+        f" {stripes['lost']} lost",
         f"volumes   {status['volumes']}",
         "",
         _devices(status["devices"]),
@@ -38,6 +39,10 @@ def pool_status(status: dict[str, Any]) -> str:
     if status["problems"]:
         lines += ["", *(f"problem: {problem}" for problem in status["problems"])]
     return "\n".join(lines)
+
+
+def _service(status: dict[str, Any]) -> str:
+    return "" if status["served"] or status["state"].startswith("served") else ", not served"
 
 
 def _journal(journal: dict[str, Any], *, served: bool) -> str:

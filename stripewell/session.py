@@ -31,7 +31,7 @@ async def reach(
     async with open_pool(record, read_only=read_only) as opened:
         for problem in opened.problems:
             warn(problem)
-        yield Controller(opened.pool)
+        yield Controller(opened.pool, elsewhere=opened.elsewhere)
 
 
 async def served(state: State, name: str) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,9 +56,15 @@ class State:
         for name in ("pools", "run"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
 
-    def records(self) -> list[PoolRecord]:
-        """Every pool known here, by name. Raises `UserError` for a damaged record."""
-        return [_load(path) for path in sorted((self.root / "pools").glob("*.json"))]
+    def records(self, warn: Callable[[str], None] = lambda line: None) -> list[PoolRecord]:
+        """Every pool known here, by name; `warn` is told which records are damaged."""
+        found = []
+        for path in sorted((self.root / "pools").glob("*.json")):
+            try:
+                found.append(_load(path))
+            except UserError as error:
+                warn(str(error))
+        return found
 
     def find(self, name: str) -> PoolRecord | None:
         """The record of a pool, or None. Raises `UserError` for a bad name or a damaged record."""

@@ -262,3 +262,70 @@ def test_a_socket_path_in_use(tank: Stripewell) -> None:
     (tank.directory / "file").write_text("mine")
     assert "file" in tank.refused("serve", "tank", "--unix", str(tank.directory / "file"))
     assert (tank.directory / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("at", [0, (1 << 20) - 1, 63 << 20, (64 << 20) - 1])
+def test_a_device_with_data_of_an_unknown_kind(stripewell: Stripewell, at: int) -> None:
+    disk = stripewell.directory / "raw"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+        file.seek(at)
+        file.write(b"x")
+    before = disk.read_bytes()
+    line = create(stripewell, str(disk), *stripewell.devices(2))
+    assert "raw is not blank" in line
+    assert "--force" in line
+    assert disk.read_bytes() == before
+    urls = (str(disk), *stripewell.devices(2))
+    stripewell.ok("pool", "create", "pond", *CODE, "--force", *urls)
+
+
+def test_no_command_is_suggested(tank: Stripewell) -> None:
+    """`replace` must not lead to `create`, which overwrites."""
+    line = tank.refused("pool", "replace", "tank", "x", status=2)
+    assert "no such command 'replace'" in line
+    assert "mean" not in line
+
+
+def test_addresses_and_paths_that_cannot_be(tank: Stripewell) -> None:
+    for option in ("--tcp", "--http"):
+        line = tank.refused("serve", "tank", option, "256.1.1.1:9")
+        assert f"{option} 256.1.1.1:9" in line
+    path = tank.directory / ("x" * 120)
+    assert "107 bytes" in tank.refused("serve", "tank", "--unix", str(path), status=2)
+
+
+def test_a_damaged_record_hides_no_other(tank: Stripewell) -> None:
+    (tank.state / "pools/bad.json").write_text("{")
+    done = tank("pool", "list", "--json")
+    assert (done.returncode, '"tank"' in done.stdout) == (0, True)
+    assert "bad.json is damaged" in done.stderr
+    (tank.state / "pools/bad.json").unlink()
+
+
+def test_a_lost_device_is_left_out_of_an_import(tank: Stripewell) -> None:
+    line = tank.refused("pool", "import", f"{tank.directory}/d0", f"{tank.directory}/gone")
+    assert "leave it out" in line
+
+
+def test_a_pool_that_is_served_elsewhere(tank: Stripewell, short_path: Path) -> None:
+    """Its devices say how it was, not how it is."""
+    tank.serve()
+    other = short_path / "other"
+    devices = tank.json("pool", "list")[0]["devices"]
+    assert "served by another process" in tank.ok("pool", "import", *devices, state=other)
+    assert "served by another process" in tank.ok("pool", "status", "tank", state=other)
+    assert "another process" in tank.refused("pool", "check", "tank", state=other)
+
+
+def test_a_daemon_names_devices_that_were_not_imported(stripewell: Stripewell) -> None:
+    stripewell.create()
+    stripewell.ok("volume", "create", "tank/vm1", "--size", "16M")
+    assert stripewell.json("volume", "list")[0]["state"] == "not served"
+    shutil.rmtree(stripewell.state)
+    left = [f"{stripewell.directory}/d{n}" for n in (0, 2)]
+    (stripewell.directory / "d1").rename(stripewell.directory / "away")
+    assert "without device 1" in stripewell.ok("pool", "import", *left)
+    daemon = stripewell.serve()
+    _, _, err = daemon.terminate()
+    assert "going on without device 1, last seen at" in err

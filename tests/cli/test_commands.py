@@ -85,7 +85,7 @@ def test_attach_names_where_the_daemon_listens(stripewell: Stripewell) -> None:
     stripewell.ok("volume", "create", "tank/vm1", "--size", "1G")
     socket = stripewell.directory / "nbd.sock"
     daemon = stripewell.serve("tank", "--unix", "nbd.sock", "--tcp", "127.0.0.1:0")
-    assert "(1 volumes)" in daemon.ready
+    assert "(1 volume)" in daemon.ready
     lines = stripewell.json("attach", "tank/vm1")
     assert json.loads(lines["qemu"][1])["server"] == {"type": "unix", "path": str(socket)}
     assert ElementTree.fromstring(lines["libvirt"]).find("source/host").get("socket") == str(socket)

@@ -33,7 +33,7 @@ def connect(path: str, export: str = "vm1") -> nbd.NBD:
 def test_ready_is_one_line_and_the_end_is_clean(tank: Stripewell) -> None:
     daemon = tank.serve()
     path = f"{tank.state}/run/tank.nbd.sock"
-    assert daemon.ready == (f"stripewell: serving tank on nbd+unix:///?socket={path} (1 volumes)\n")
+    assert daemon.ready == (f"stripewell: serving tank on nbd+unix:///?socket={path} (1 volume)\n")
     assert daemon.terminate() == (0, "", "")
     assert list((tank.state / "run").iterdir()) == []
 

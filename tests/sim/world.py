@@ -140,7 +140,7 @@ class Rig:
 
     def _excused(self, fault: str) -> bool:
         """Whether a fault is no more than what an unlucky device did."""
-        found = re.search(r"on device (\d+)", fault)
+        found = re.search(r"\bdevice (\d+)", fault)
         return found is not None and f"d{found[1]}" in self.unlucky
 
 

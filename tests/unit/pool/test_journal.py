@@ -251,7 +251,7 @@ def test_when_no_replica_takes_it_nothing_happened() -> None:
         for disk in bench.disks:
             disk.script.add(Rule(frozenset({"append"}), Fail()))
         bench.stage(1)
-        with pytest.raises(PoolStopped, match="no journal device takes writes: replace"):
+        with pytest.raises(PoolStopped, match="no journal device takes writes: bring"):
             bench.journal.commit()
         assert bench.journal.head == head
         assert not bench.journal.staged

@@ -87,7 +87,7 @@ def status(**changes: object) -> dict[str, Any]:
             "target_replicas": 2,
         },
         "devices": [device, device | missing | {"reason": "unlinked"}],
-        "stripes": {"total": 4, "degraded": 2, "narrow": 1},
+        "stripes": {"total": 4, "degraded": 2, "narrow": 1, "lost": 0},
         "volumes": 1,
         "problems": ["device 1 is missing"],
         "served": True,

@@ -39,6 +39,9 @@ class Echo:
                 raise ZeroDivisionError("a bug")
             case "forever":
                 await self._forever(progress)
+            case "slow":
+                await asyncio.sleep(0.5)
+                return "done"
             case "hang":
                 await asyncio.Event().wait()
         return None
@@ -224,3 +227,24 @@ async def test_a_path_too_long_for_a_socket_is_told(tmp_path: Path, caller: Echo
         await ControlServer(caller).start(tmp_path / ("x" * 200))
     with pytest.raises(UserError, match="can't connect"):
         await ControlClient.connect(tmp_path / ("x" * 200))
+
+
+async def test_long_work_is_waited_for(
+    client: ControlClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "ANSWER_SECONDS", 0.25)
+    monkeypatch.setattr(control, "BUSY_SECONDS", 0.05)
+    assert await client.call("slow") == "done"
+
+
+async def test_a_daemon_that_hangs_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections to a stopped process succeed: the kernel takes them."""
+    monkeypatch.setattr(control, "ANSWER_SECONDS", 0.1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        client = await ControlClient.connect(path)
+        assert client is not None
+        with pytest.raises(UserError, match="does not answer"):
+            await client.call("echo")
+        await client.close()

@@ -1,0 +1,8 @@
+"""Words of messages. Pure; called by whoever writes a line for people."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str) -> str:
+    """As in "1 device", "2 devices"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
