@@ -41,6 +41,8 @@ class Engine:
         self.moving = Moving(state, reader, loader, membership.expel)
         self.checkpoint = Checkpoint(self.moving, membership)
         self.maintenance: Maintenance | None = None
+        #: Opened to be read: nothing is written, not even what recovery would.
+        self.read_only = False
         self._clock = clock
         self._kick_at = 0
         blocks = max(1, state.journal_blocks // 8)

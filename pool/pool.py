@@ -54,7 +54,7 @@ class Pool:
     def __init__(self, engine: Engine, *, read_only: bool) -> None:
         self.engine = engine
         self._state = engine.state
-        self._read_only = read_only
+        self._read_only = engine.read_only = read_only
         self._volumes: dict[str, Volume] = {}
         self._closed = False
         #: One catalog change at a time: each takes its ids before it waits for the journal.

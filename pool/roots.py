@@ -75,4 +75,7 @@ def check_enough(root: dict[str, Any], present: set[int], *, writable: bool) -> 
         return
     names = ", ".join(member["url"] for member in missing)
     need = max(len(wanted) - parity, parity + 1)
-    raise PoolError(f"{have} of {len(wanted)} devices found, {need} are needed; missing: {names}")
+    text = f"{have} of {len(wanted)} devices found, {need} are needed; missing: {names}"
+    if writable and len(missing) <= parity:
+        text += "; `serve --read-only` gives access to what is there"
+    raise PoolError(text)

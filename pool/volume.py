@@ -74,7 +74,7 @@ class Volume:
 
     @property
     def read_only(self) -> bool:
-        return False
+        return self._engine.read_only
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -387,7 +387,8 @@ class Volume:
 
     async def flush(self) -> None:
         """Return when all that was committed before is durable. Raises PoolStopped."""
-        await self._engine.flush()
+        if not self._engine.read_only:
+            await self._engine.flush()
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """(bytes, flags) from `offset`: at most `limit` of them, and never beyond the range."""

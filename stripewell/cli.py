@@ -321,10 +321,16 @@ async def _endpoints(state: State, record: PoolRecord, volume: str) -> Endpoints
 @click.option("--unix", callback=SOCKET, metavar="PATH", help="NBD socket.")
 @click.option("--tcp", callback=NBD_ADDRESS, metavar="HOST[:PORT]", help="Serve NBD over TCP, too.")
 @click.option("--http", callback=HTTP_ADDRESS, metavar="HOST:PORT", help="/metrics and /healthz.")
+@click.option("--read-only", is_flag=True, help="Change nothing; for a pool that lacks devices.")
 @state_option
 @click.pass_obj
 def serve(
-    state: State, name: str, unix: Path | None, tcp: Address | None, http: Address | None
+    state: State,
+    name: str,
+    unix: Path | None,
+    tcp: Address | None,
+    http: Address | None,
+    read_only: bool,
 ) -> None:
     """Serve a pool's volumes over NBD until SIGTERM or SIGINT."""
     record = state.record(name)
@@ -332,4 +338,4 @@ def serve(
 
     socket = unix or parse_socket(str(state.nbd_socket(name)))
     listen = daemon.Listen(socket, tcp, http)
-    daemon.serve(state, record, listen)
+    daemon.serve(state, record, listen, read_only=read_only)

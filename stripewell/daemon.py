@@ -25,7 +25,7 @@ import uvloop
 from nbd_server.export import Export
 from nbd_server.server import Server
 from pool import Pool
-from pool.mover import ProcessMover
+from pool.mover import InlineMover, ProcessMover
 from pool.words import counted
 from stripewell import systemd
 from stripewell.control import ControlServer
@@ -49,18 +49,22 @@ class Listen:
     http: Address | None = None
 
 
-def serve(state: State, record: PoolRecord, listen: Listen) -> None:
+def serve(state: State, record: PoolRecord, listen: Listen, *, read_only: bool = False) -> None:
     """Serve a pool until a signal ends it. Raises `UserError`."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(state, record, listen))
+        runner.run(_serve(state, record, listen, read_only=read_only))
 
 
-async def _serve(state: State, record: PoolRecord, listen: Listen) -> None:
+async def _serve(state: State, record: PoolRecord, listen: Listen, *, read_only: bool) -> None:
     stopped = _stop_on_signals()
     state.make_directories()
     async with contextlib.AsyncExitStack() as stack:
         opened = await stack.enter_async_context(
-            open_pool(record, read_only=False, make_mover=ProcessMover)
+            open_pool(
+                record,
+                read_only=read_only,
+                make_mover=InlineMover if read_only else ProcessMover,
+            )
         )
         for problem in opened.problems:
             print(f"stripewell: going on without a device: {problem}", file=sys.stderr)

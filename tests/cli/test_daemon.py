@@ -216,3 +216,28 @@ def test_qemu_takes_the_arguments_of_attach(tank: Stripewell) -> None:
     replies = [json.loads(line) for line in done.stdout.splitlines()]
     [[disk]] = [reply["return"] for reply in replies if isinstance(reply.get("return"), list)]
     assert disk["inserted"]["image"]["virtual-size"] == 16 << 20
+
+
+def test_what_cannot_be_written_can_still_be_read(stripewell: Stripewell) -> None:
+    """P6, P8: with `m` devices left out of 2+2 on four no root can be committed, but all is there."""
+    stripewell.create(data=2, parity=2)
+    stripewell.ok("volume", "create", "tank/vm1", "--size", "16M")
+    daemon = stripewell.serve()
+    client = connect(daemon.socket)
+    client.pwrite(b"kept" * 1024, 4096)
+    client.flush()
+    client.shutdown()
+    daemon.terminate()
+    record = stripewell.json("pool", "status", "tank")
+    lost = [
+        Path(device["url"].removeprefix("file://").partition("?")[0])
+        for device in record["devices"]
+    ]
+    for path in lost[:2]:
+        path.unlink()
+    assert "serve --read-only" in stripewell.refused("serve", "tank")
+    client = connect(stripewell.serve("tank", "--read-only").socket)
+    assert client.is_read_only()
+    assert client.pread(4096, 4096) == b"kept" * 1024
+    client.flush()
+    client.shutdown()
