@@ -219,7 +219,7 @@ def test_qemu_takes_the_arguments_of_attach(tank: Stripewell) -> None:
 
 
 def test_what_cannot_be_written_can_still_be_read(stripewell: Stripewell) -> None:
-    """P6, P8: with `m` devices left out of 2+2 on four no root can be committed, but all is there."""
+    """P6, P8: without `m` of the devices of 2+2 on four no root can be committed; all is there."""
     stripewell.create(data=2, parity=2)
     stripewell.ok("volume", "create", "tank/vm1", "--size", "16M")
     daemon = stripewell.serve()
