@@ -61,25 +61,24 @@ class SlotShards:
 
     def __init__(self, device: Device, layout: Layout) -> None:
         self.device = device
-        self._start = layout.slots_offset
-        self._bytes = layout.slot_blocks * BLOCK_SIZE
+        self._slot_offset = layout.slot_offset
 
     async def write(self, stripe: int, shard: int, slot: int, buffers: Sequence[Buffer]) -> None:
         """Write a whole shard with its header."""
-        await self.device.write(self._start + slot * self._bytes, buffers)
+        await self.device.write(self._slot_offset(slot), buffers)
 
     async def read(self, stripe: int, shard: int, slot: int, offset: int, length: int) -> bytes:
-        return await self.device.read(self._start + slot * self._bytes + offset, length)
+        return await self.device.read(self._slot_offset(slot) + offset, length)
 
     def try_read(self, stripe: int, shard: int, slot: int, offset: int, into: memoryview) -> bool:
-        return self.device.try_read(self._start + slot * self._bytes + offset, into)
+        return self.device.try_read(self._slot_offset(slot) + offset, into)
 
     def fast(self, slot: int) -> FastRead | None:
-        return self.device.try_read, self._start + slot * self._bytes
+        return self.device.try_read, self._slot_offset(slot)
 
     async def repair(self, stripe: int, shard: int, slot: int, offset: int, data: Buffer) -> None:
         """Put right bytes in the place of wrong ones."""
-        await self.device.write(self._start + slot * self._bytes + offset, [data])
+        await self.device.write(self._slot_offset(slot) + offset, [data])
 
     async def sync(self) -> None:
         await self.device.sync()
