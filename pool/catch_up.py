@@ -13,6 +13,7 @@ from collections import deque
 
 from backends.base import Device, DeviceError
 from pool.errors import DataLost, FormatError
+from pool.failpoints import reached
 from pool.format import stripe as stripe_format
 from pool.member import Member
 from pool.overdue import READ_SECONDS, WRITE_SECONDS, answer
@@ -58,12 +59,14 @@ class CatchUp:
                 await self._look(member, row, shard)
         if not self._left:
             await self._finish()
+            reached("catch_up_after_sync_before_done")
         self._report()
 
     async def _look(self, member: Member, row: Stripe, shard: int) -> None:
         with self._state.gate.inside():
             try:
                 if not await self._is_there(member, row, shard):
+                    reached("catch_up_after_look_before_rebuild")
                     await self._rebuild(member, row, shard)
                     self._state.counters["caught_up_shards"] += 1
             except DeviceError:
@@ -97,6 +100,7 @@ class CatchUp:
         write = member.shards.write(row.id, shard, row.places[shard][1], [header, data])
         await answer(write, WRITE_SECONDS, member.url)
         self._touched.add(member.index)
+        reached("catch_up_after_rebuild_before_sync")
 
     async def _finish(self) -> None:
         """Make what was rebuilt durable; before that it counts as missed."""

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from backends.base import BLOCK_SIZE
 from pool.errors import PoolStopped
+from pool.failpoints import reached
 from pool.format import page
 from pool.format.page import Pointer
 from pool.membership import Membership
@@ -157,11 +158,14 @@ class Checkpoint:
         if state.stripe_limit - state.next_stripe < 4096:
             state.stripe_limit += 1 << 16
             await self._membership.commit(state.committed)
+            reached("window_after_root_before_use")
         frozen = self._freeze()
         meta, anchors = Packer(state), Packer(state)
         added: list[int] = []
         try:
+            reached("checkpoint_after_freeze_before_flush")
             await state.journal.flush(frozen.replay)
+            reached("checkpoint_after_flush_before_pages")
             await self._pack_leaves(frozen, meta)
             directories = self._pack_directories(frozen, meta)
             for row, _, pages in meta.stripes:
@@ -169,8 +173,10 @@ class Checkpoint:
                 added.append(row.id)
             dead, rows = self._next_rows(frozen, directories)
             table_pages, top = self._pack_table(frozen, rows, directories, anchors)
+            reached("checkpoint_after_pages_before_store")
             if not await self._store([*meta.jobs(), *anchors.jobs()]):
                 raise _TryAgain
+            reached("checkpoint_after_store_before_root")
             old = state.committed.anchors
             committed = self._committed(frozen, anchors, table_pages, top)
             await self._membership.commit(committed)
@@ -179,8 +185,10 @@ class Checkpoint:
             if isinstance(error, _TryAgain):
                 return False
             raise
+        reached("checkpoint_after_root_before_release")
         replaced = [row for stripe, row in old.items() if stripe not in committed.anchors]
         self._apply(frozen, directories, table_pages, dead, replaced, rows)
+        reached("checkpoint_after_release_before_next")
         return True
 
     # -- freezing: no await, atomic ----------------------------------------------------------

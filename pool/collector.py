@@ -11,6 +11,7 @@ import numpy as np
 from backends.base import BLOCK_SIZE
 from pool.columns import Columns, find
 from pool.errors import DataLost
+from pool.failpoints import reached
 from pool.format.location import SHARD_SHIFT, in_stripe
 from pool.moving import Moving, move
 from pool.state import State
@@ -44,6 +45,7 @@ async def collect(moving: Moving, stripes: int) -> int:
     # A move that fills as many stripes as it empties gains nothing.
     if not count or -(-count // room) >= len(victims):
         return 0
+    reached("collect_after_choice_before_move")
     try:
         switched = await move(moving, Columns.join(parts))
     except DataLost:

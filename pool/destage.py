@@ -6,6 +6,7 @@ import asyncio
 
 from pool.blockmap import LEAF_BLOCKS, LEAF_MASK, LEAF_SHIFT
 from pool.columns import Builder, Columns
+from pool.failpoints import reached
 from pool.format.location import JOURNAL, POSITION_MASK
 from pool.moving import Moving, move
 from pool.state import JournalExtent
@@ -39,7 +40,9 @@ async def destage(moving: Moving, stripes: int, *, force: bool) -> int:
         moved = live[: len(live) - keep]
         if len(moved):
             # Nothing that the stripes hold may be younger than what the journal can lose (R9).
+            reached("destage_after_choice_before_flush")
             await state.journal.flush(int(moved.locations.max() & POSITION_MASK) + 1)
+            reached("destage_after_flush_before_move")
             await move(moving, moved)
     except BaseException:
         state.fifo.extendleft(reversed(taken))

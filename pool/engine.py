@@ -15,6 +15,7 @@ from pool.apply import apply
 from pool.blockmap import LayerMap
 from pool.checkpoint import Checkpoint
 from pool.errors import PoolFull, PoolStopped
+from pool.failpoints import reached
 from pool.journal import Committed, Journal
 from pool.loader import Loader
 from pool.maintenance import Maintenance
@@ -79,7 +80,9 @@ class Engine:
         except PoolStopped as error:
             state.stop(str(error))
             raise
+        reached("append_after_primary_before_map")
         apply(state, committed, self._catalog_change)
+        reached("append_after_map_before_answer")
         if journal.head >= self._kick_at:
             self._kick_at = journal.head + max(1, journal.size // 64)
             self.kick()
@@ -133,8 +136,11 @@ class Engine:
             self.commit()
         self.journal.stage_catalog(text)
         self.commit()
+        reached("catalog_after_commit_before_apply")
         apply_change(self.state, change)
+        reached("catalog_after_apply_before_flush")
         await self.flush()
+        reached("catalog_after_flush_before_answer")
 
     def member_failed(self, index: int, error: DeviceError) -> None:
         """A journal replica failed."""

@@ -30,6 +30,7 @@ from crc32c import crc32c
 
 from backends.base import BLOCK_SIZE, Buffer, Device, DeviceError
 from pool.errors import PoolStopped
+from pool.failpoints import reached
 from pool.format import record
 from pool.format.record import EXTENT, KIND_CATALOG, KIND_DATA, ROOM
 from pool.overdue import READ_SECONDS, WRITE_SECONDS, answer
@@ -294,6 +295,7 @@ class Journal:
                 crcs=item.crcs,
             )
             self._collect(item, committed)
+        reached("append_after_headers_before_primary")
         self._append()
         self.previous = previous
         self.head = self._staged
@@ -405,6 +407,7 @@ class Journal:
                 if target > durable:
                     kept.append((target, waiter))
                 elif not waiter.done():
+                    reached("flush_after_durable_before_answer")
                     waiter.set_result(None)
             self._flushes = kept
         if self._waiters:
@@ -444,6 +447,7 @@ class Journal:
             replica.failed = True
             replica.wake.set()
             replica.wake_sync.set()
+            reached("failure_after_mark_before_report")
             self._on_failure(replica.member, error)
 
     @contextmanager
@@ -495,13 +499,14 @@ class Journal:
 
     async def _sync_some(self, replica: Replica) -> bool:
         """One sync. Returns False when there is nothing that must be synced."""
-        reached, sync_to = replica.written, self._sync_to
-        must_sync = replica.synced < sync_to <= reached
-        if not must_sync and reached - replica.synced <= UNSYNCED_BLOCKS:
+        written, sync_to = replica.written, self._sync_to
+        must_sync = replica.synced < sync_to <= written
+        if not must_sync and written - replica.synced <= UNSYNCED_BLOCKS:
             return False
         with self._in_time(replica):
             await replica.device.sync()
-        replica.synced = max(replica.synced, reached)
+        reached("sync_after_device_before_durable")
+        replica.synced = max(replica.synced, written)
         return True
 
     async def _catch_up(self, replica: Replica, end: int) -> None:

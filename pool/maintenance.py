@@ -18,6 +18,7 @@ from pool.checkpoint import Checkpoint
 from pool.collector import collect, collect_meta
 from pool.destage import destage
 from pool.errors import DataLost, PoolStopped
+from pool.failpoints import reached
 from pool.moving import Moving
 from pool.placement import NoSpace
 from pool.state import RESERVE_STRIPES, State
@@ -342,6 +343,7 @@ class Maintenance:
                 pass
             for number in numbers:
                 drop_leaf(state, layer_map, number)
+                reached("drop_after_leaf_before_next")
             await asyncio.sleep(0)
 
     async def stop(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from backends.base import BLOCK_SIZE, Device, DeviceError, ObjectStore
 from pool.errors import FormatError, PoolError
+from pool.failpoints import reached
 from pool.format import superblock
 from pool.format.geometry import Layout
 from pool.format.superblock import Superblock
@@ -122,8 +123,10 @@ class Member:
             await self.backend.put(ROOT_NAMES[slot], [image])
             return slot
         image += bytes(-len(image) % BLOCK_SIZE)
-        for offset in self.layout.root_offsets(slot):
-            await self.backend.write(offset, [image])
+        front, end = self.layout.root_offsets(slot)
+        await self.backend.write(front, [image])
+        reached("root_after_front_before_end")
+        await self.backend.write(end, [image])
         await self.backend.sync()
         return slot
 

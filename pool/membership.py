@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from backends.base import Device, DeviceError
 from pool.errors import PoolError, PoolStopped
+from pool.failpoints import reached
 from pool.format import superblock
 from pool.journal import Replica
 from pool.member import Member, MemberState
@@ -62,6 +63,7 @@ class Membership:
                 member.reason = ""
         self._replicas = replicas
         state.term += 1
+        reached("term_after_count_before_root")
         async with self._lock:
             await self._commit(state.committed, replicas)
 
@@ -83,6 +85,7 @@ class Membership:
         limit = state.stripe_limit
         root = state.root(committed, replicas)
         taken = await self._write_all(root)
+        reached("root_after_members_before_commit")
         now = {m.index for m in state.members.values() if m.state is MemberState.ACTIVE}
         for group in (self._counted, now):
             if len(taken.keys() & group) < quorum(len(group), state.parity):
@@ -121,7 +124,10 @@ class Membership:
         return taken
 
     async def _write(self, member: Member, root: dict[str, object]) -> int:
-        return await answer(member.write_root(root, self._state.uuid), WRITE_SECONDS, member.url)
+        write = member.write_root(root, self._state.uuid)
+        slot = await answer(write, WRITE_SECONDS, member.url)
+        reached("root_after_member_before_next")
+        return slot
 
     def _stop(self, why: str) -> None:
         self._state.stop(why)
@@ -179,6 +185,7 @@ class Membership:
                 f"{counted(len(state.active()), 'device')} left, more than {state.parity} are "
                 "needed to write: bring devices back and restart"
             )
+        reached("expulsion_after_report_before_replicas")
         journal = state._journal
         come: list[Replica] = []
         if journal is not None:
@@ -189,12 +196,15 @@ class Membership:
             replicas = [index for index in self._replicas if index not in gone]
         if not replicas:
             self._stop("no journal device is left: bring devices back and restart")
+        reached("expulsion_after_replicas_before_root")
         await self._commit(state.committed, replicas)
+        reached("expulsion_after_root_before_replace")
         self._replicas = replicas
         for index in gone:
             self._failed.pop(index, None)
         if journal is not None:
             journal.replace(gone, come)
+        reached("expulsion_after_replace_before_close")
         for index in gone:
             await self._let_go(state.members[index])
 

@@ -21,6 +21,7 @@ import numpy as np
 from backends.base import BLOCK_SIZE
 from pool.columns import Columns, switch
 from pool.errors import DataLost, PoolStopped
+from pool.failpoints import reached
 from pool.format.location import (
     BLOCK_MASK,
     POSITION_MASK,
@@ -141,6 +142,7 @@ async def note_failures(moving: Moving, outcome: Outcome) -> None:
     for index, (message, is_full) in outcome.failed.items():
         if is_full:
             state.members[index].full = True
+            reached("full_after_mark_before_narrowing")
             state.counters["members_full"] += 1
         else:
             broken[index] = message
@@ -220,6 +222,7 @@ async def _switch(moving: Moving, row: Stripe, part: Columns) -> int:
     stretches = list(part.leaves())
     while await moving.loader.ensure({(layer, number) for layer, number, _, _ in stretches}):
         pass
+    reached("move_after_sync_before_switch")
     # No await until the row is in the table: atomic.
     shards, within = np.divmod(np.arange(len(part), dtype=np.uint64), row.shape.shard_blocks)
     new = np.uint64(in_stripe(row.id, 0, 0)) | shards << np.uint64(SHARD_SHIFT) | within
@@ -239,5 +242,6 @@ async def _switch(moving: Moving, row: Stripe, part: Columns) -> int:
         state.table.add(row, live)
     else:
         state.release(row)
+    reached("move_after_switch_before_next")
     await asyncio.sleep(0)
     return live

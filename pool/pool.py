@@ -13,6 +13,7 @@ from backends.base import BLOCK_SIZE, Device, DeviceError, ObjectStore
 from pool import recovery
 from pool.engine import Engine
 from pool.errors import FormatError, PoolError, PoolStopped
+from pool.failpoints import reached
 from pool.format.page import Pointer
 from pool.format.record import FLAG_TERM_START, TERM_SHIFT
 from pool.format.superblock import Superblock
@@ -91,7 +92,9 @@ class Pool:
                 await mover.add_member(member.index, member.backend, member.layout)
         membership = Membership(state)
         engine = Engine(state, reader, loader, membership, clock or asyncio.get_running_loop().time)
+        reached("opening_after_root_before_checkpoint")
         await recovery.load_checkpoint(state, reader, root.root)
+        reached("opening_after_checkpoint_before_journal")
         _occupy(state)
         await _recover(engine, root.root, returned, read_only=read_only)
         return cls(engine, read_only=read_only)
@@ -115,6 +118,7 @@ class Pool:
                     # The journal has everything; the next open replays it.
                     state.problems["close"] = str(error)
             await engine.membership.settled()
+        reached("close_after_checkpoint_before_unlock")
         await engine.journal.close()
         await state.mover.close()
         for member in state.members.values():
@@ -180,9 +184,12 @@ class Pool:
             raise PoolError(f"there is no volume {name!r} in pool {self.name!r}")
         # No new client finds it; connected ones go on until the change cannot be lost any more.
         del self._volumes[name]
+        reached("delete_after_hiding_before_journal")
         async with self._changing:
             await self.engine.change_catalog({"do": "delete", "name": name})
+        reached("delete_after_flush_before_closing")
         volume.closed = True
+        reached("delete_after_closing_before_space")
         self.engine.kick()
 
     def _writable(self) -> None:
@@ -369,6 +376,7 @@ async def _recover(
         copy = Copy(sources, chain, records, committed.tail)
         replicas = await _start_term(engine, copy, returned)
         lost = copy.lost
+        reached("recovery_after_naming_before_replay")
     await recovery.preload(state, engine.loader, chain)
     await recovery.replay(state, engine.loader, chain)
     unreadable = await mapped(state, engine.loader, records, lost)
@@ -392,13 +400,16 @@ async def _recover(
     state._journal = journal
     if read_only:
         return
+    reached("recovery_after_replay_before_mark")
     engine.start(catch_up=missed)
     # The last life may have filled the journal, and the mark must not go over live space.
     while not journal.room(0):
         await engine.wait_room(0)
     journal.stage_mark()
     journal.commit(flags=FLAG_TERM_START)
+    reached("recovery_after_mark_before_flush")
     await journal.flush()
+    reached("recovery_after_flush_before_serving")
 
 
 async def _start_term(engine: Engine, copy: Copy, returned: set[int]) -> list[Replica]:
@@ -406,7 +417,9 @@ async def _start_term(engine: Engine, copy: Copy, returned: set[int]) -> list[Re
     state, membership = engine.state, engine.membership
     old = copy.members
     # The root names a new replica only when it holds the journal: a crash may come before.
+    reached("recovery_after_chain_before_term")
     await membership.start_term(sorted(old), returned)
+    reached("term_after_root_before_copy")
     whole: list[Member] = []
     while True:
         await membership.settled()
@@ -417,6 +430,7 @@ async def _start_term(engine: Engine, copy: Copy, returned: set[int]) -> list[Re
         if target is None and not whole:
             raise PoolStopped("no journal device takes writes: bring devices back and restart")
         if target is None:
+            reached("recovery_after_copies_before_naming")
             await membership.name_replicas([member.index for member in whole])
             await membership.settled()
             if all(member.present for member in whole):
@@ -430,6 +444,7 @@ async def _start_term(engine: Engine, copy: Copy, returned: set[int]) -> list[Re
                 whole=target.index in old - state.behind,
             )
             whole.append(target)
+            reached("recovery_after_copy_before_next")
         except DeviceError as error:
             engine.member_failed(target.index, error)
     return [_replica(member, state.committed.tail, copy.end) for member in whole]

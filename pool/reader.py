@@ -18,6 +18,7 @@ from backends.base import BLOCK_SIZE, DeviceError
 from pool.checksum import block_crcs, verify
 from pool.erasure import codec
 from pool.errors import DataLost, FormatError
+from pool.failpoints import reached
 from pool.format import stripe as stripe_format
 from pool.format.location import (
     BLOCK_MASK,
@@ -224,7 +225,9 @@ class Reader:
             if self._state.row(row.id).places[shard] != (device, slot):
                 return
             offset = row.shape.header_bytes + block * BLOCK_SIZE
+            reached("repair_after_decode_before_write")
             await member.shards.repair(row.id, shard, slot, offset, data)
+            reached("repair_after_write_before_count")
         except (DeviceError, KeyError):
             return
         member.repaired += 1

@@ -23,6 +23,7 @@ from crc32c import crc32c
 from backends.base import BLOCK_SIZE, Buffer, Device, DeviceError, DeviceFull, ObjectStore
 from pool.checksum import block_crcs
 from pool.erasure import codec
+from pool.failpoints import reached
 from pool.format import stripe as stripe_format
 from pool.format.geometry import Geometry
 from pool.format.stripe import Contents
@@ -136,7 +137,9 @@ async def run(job: Job, members: Mapping[int, Target]) -> Outcome:
         if not outcome.failed:
             # A write that was left behind may still read its buffer.
             _spare.give(data, *parity)
+    reached("stripe_after_shards_before_sync")
     await asyncio.gather(*(_sync(member, members, outcome) for member in touched))
+    reached("stripe_after_sync_before_outcome")
     for stripe in job.stripes:
         wrote = touched_by(stripe.stripe, touched)
         if wrote and not wrote & outcome.failed.keys():
@@ -230,6 +233,7 @@ async def _write(
     touched: dict[int, set[int]],
 ) -> None:
     """Encode one stripe and write its shards, each behind its header."""
+    reached("stripe_after_gather_before_encode")
     shape = job.shape
     size = shape.shard_bytes
     shards: list[Buffer] = [data[i * size : (i + 1) * size] for i in range(shape.data)]
@@ -267,6 +271,7 @@ async def _write_shard(
         outcome.failed[member] = (str(error), isinstance(error, DeviceFull))
         return
     outcome.bytes[member] = outcome.bytes.get(member, 0) + sum(len(b) for b in buffers)
+    reached("stripe_after_shard_before_next")
 
 
 _ZERO_CRC = crc32c(bytes(BLOCK_SIZE))

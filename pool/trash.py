@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from backends.base import DeviceError
+from pool.failpoints import reached
 from pool.overdue import WRITE_SECONDS, answer
 from pool.state import State
 
@@ -29,6 +30,7 @@ async def delete(state: State, objects: Iterable[tuple[int, int, int]]) -> None:
     for index, stripe, shard in objects:
         shards = state.members[index].shards
         if shards is not None:
+            reached("trash_after_root_before_delete")
             try:
                 await answer(shards.delete(stripe, shard), WRITE_SECONDS, f"device {index}")
                 state.counters["objects_deleted"] += 1

@@ -24,6 +24,7 @@ from pool.catalog import VolumeEntry
 from pool.checksum import verify
 from pool.engine import Engine
 from pool.errors import DataLost, PoolStopped
+from pool.failpoints import reached
 from pool.format.location import (
     HOLE,
     SHARD_SHIFT,
@@ -361,6 +362,7 @@ class Volume:
             elif len(present) > PIECE_LEAVES:
                 stop = min(end, present[PIECE_LEAVES] << LEAF_SHIFT)
             await self._range_piece(kind, first, stop)
+            reached("range_after_piece_before_next")
             first = stop
 
     async def _range_piece(self, kind: int, first: int, stop: int) -> None:
@@ -380,6 +382,7 @@ class Volume:
                     if holes:
                         state.reserve(holes)
             self._engine.journal.stage_range(kind, self._layer, first, count)
+            reached("range_after_stage_before_commit")
             self._engine.commit()
             return
 
