@@ -17,6 +17,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import stat
 import time
@@ -62,11 +63,13 @@ class Server:
         list_exports: Callable[[], list[Export]],
         limits: Limits | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
+        hung_up: Callable[[socket.socket], bool] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.counters = Counters()
         self._listeners: list[_Listener] = []
-        self._sessions: set[Session] = set()
+        #: In the order of their arrival.
+        self._sessions: dict[Session, None] = {}
         self._stalled: dict[Session, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -81,6 +84,7 @@ class Server:
             buffers=buffer_pool(self.limits),
             inbound=memoryview(bytearray(_INBOUND_BYTES + self.limits.option_bytes)),
             clock=clock,
+            hung_up=hung_up or _hung_up,
             entered=self._fence,
             ended=self._ended,
         )
@@ -149,13 +153,15 @@ class Server:
                 self._loop.remove_reader(listener.sock)
                 self._loop.call_later(_ACCEPT_PAUSE, self._accept_again, listener)
                 return
-            self._connected(sock, listener.path or f"{address[0]}:{address[1]}")
+            self.adopt(sock, listener.path or f"{address[0]}:{address[1]}")
 
     def _accept_again(self, listener: _Listener) -> None:
         if listener in self._listeners:
             self._loop.add_reader(listener.sock, self._accept, listener)
 
-    def _connected(self, sock: socket.socket, peer: str) -> None:
+    def adopt(self, sock: socket.socket, peer: str) -> None:
+        """Greet the client behind a connected socket and serve it from now on; `peer` names it in
+        the log."""
         if len(self._sessions) >= self.limits.connections:
             self.counters.refused_connections += 1
             sock.close()
@@ -166,7 +172,7 @@ class Server:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.counters.connections += 1
         session = Session(sock, peer, self._shared)
-        self._sessions.add(session)
+        self._sessions[session] = None
         self._idle.clear()
         session.start()
 
@@ -187,7 +193,7 @@ class Server:
                 session.close()
 
     def _ended(self, session: Session) -> None:
-        self._sessions.discard(session)
+        self._sessions.pop(session, None)
         self._stalled.pop(session, None)
         if not self._sessions:
             self._idle.set()
@@ -230,6 +236,12 @@ class Server:
             if tasks:
                 # They are cancelled; the export may go once they have let go of it.
                 await asyncio.wait(tasks, timeout=_UNWIND_SECONDS)
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _remove_stale(path: str) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +52,8 @@ class Shared:
     inbound: memoryview
     #: Nanoseconds, monotonic.
     clock: Callable[[], int]
+    #: Whether the other side of a socket has closed, even if bytes that it sent are unread.
+    hung_up: Callable[[socket.socket], bool]
     #: Called when a session enters the transmission phase, and when it has ended.
     entered: Callable[[Session], None]
     ended: Callable[[Session], None]
@@ -141,10 +142,8 @@ class Session:
         return not moved and (self._outbox.waiting or self._payload is not None)
 
     def hung_up(self) -> bool:
-        """Whether the other side has closed, even if bytes that it sent before are unread."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        """Whether the client has gone, even if bytes that it sent before are unread."""
+        return self._shared.hung_up(self._sock)
 
     def finish(self) -> None:
         """Read no more, answer what is in flight, then close."""

@@ -2,8 +2,9 @@
 
 Theory of operation: the loop has a selector that never waits. When nothing is runnable, it moves
 the clock to the next timer; when there is no timer either, nothing can ever happen again and
-`Deadlock` is raised. Calls for a thread pool run in the loop's own thread. Tasks hash by
-their number, so that the sets of tasks inside asyncio have the same order in every process.
+`Deadlock` is raised; so it is when the clock passes `limit`, since somebody may look again for ever.
+Calls for a thread pool run in the loop's own thread, sockets are those of `tests.sim.network`. Tasks
+hash by their number, so that the sets of tasks inside asyncio have the same order in every process.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from concurrent.futures import Executor
 from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple
 
+from .network import SimSocket, bind
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
+#: Virtual seconds after which a simulation must have ended.
+LIMIT = 1e6
+
+
 class Deadlock(Exception):
-    """Nothing is runnable and no timer is left."""
+    """Nothing is runnable and no timer is left, or the time is up."""
 
 
 class _Task(asyncio.Task[T]):
@@ -41,6 +48,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.numbers = itertools.count(1)
         self.unhandled: list[BaseException] = []
+        self.limit = LIMIT
         self._now = 0.0
         self._selector = self  # the base class asks it for events once per turn
         self.set_task_factory(_make_task)
@@ -52,7 +60,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def select(self, timeout: float | None) -> list[Any]:
         """Jump `timeout` seconds instead of waiting for events. Raises `Deadlock`."""
-        if timeout is None:
+        if timeout is None or self._now > self.limit:
             waiting = [task.get_name() for task in self.live_tasks()]
             raise Deadlock(f"at {self._now:.6f} s these tasks wait for ever: {waiting}")
         self._now += timeout
@@ -69,6 +77,24 @@ class VirtualLoop(asyncio.BaseEventLoop):
         future: asyncio.Future[T] = self.create_future()
         self.call_soon(_call_into, future, func, args)
         return future
+
+    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+        """Sockets are objects here; see `tests.sim.network`."""
+        assert isinstance(fd, SimSocket)
+        fd.watch_reading(bind(callback, args))
+
+    def remove_reader(self, fd: Any) -> bool:
+        assert isinstance(fd, SimSocket)
+        return fd.watch_reading(None)
+
+    def add_writer(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+        """As `add_reader`."""
+        assert isinstance(fd, SimSocket)
+        fd.watch_writing(bind(callback, args))
+
+    def remove_writer(self, fd: Any) -> bool:
+        assert isinstance(fd, SimSocket)
+        return fd.watch_writing(None)
 
     def _process_events(self, event_list: list[Any]) -> None:
         """There are no events: timers and callbacks are the base class's own."""
