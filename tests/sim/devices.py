@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 from collections.abc import Coroutine, Mapping, Sequence
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from backends.base import Buffer
 from backends.failures import check_buffers, check_range, gone
@@ -35,12 +35,23 @@ from backends.fault_script import (
 
 from .image import Image, Write, split
 from .loop import VirtualLoop
+from .stores import Objects, SimStore
 
 T = TypeVar("T")
 
 
 class Crash(BaseException):
     """The simulated process is dead. No handler for errors of devices catches it."""
+
+
+class Tap(Protocol):
+    """Who watches the writes of a world."""
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """A device will be written."""
+
+    def put(self, name: str, object_name: str, data: bytes) -> None:
+        """An object will be stored."""
 
 
 class World:
@@ -67,7 +78,9 @@ class World:
         self.crash_at = crash_at
         self.crash_after = crash_after
         self.operations = 0
-        self.images: dict[str, Image] = {}
+        self.images: dict[str, Image | Objects] = {}
+        #: Told of every write before it happens.
+        self.tap: Tap | None = None
         self.scripts: dict[str, Script] = {}
         self.life = 0
         self.dead = False
@@ -80,7 +93,27 @@ class World:
         """Add media of so many bytes of zeros and return handles on them, by name."""
         return {name: SimDevice(name, size, self) for name, size in sizes.items()}
 
-    def step(self, device: SimDevice, op: str, offset: int = 0, length: int = 0) -> Action | None:
+    def create_stores(self, sizes: Mapping[str, int]) -> dict[str, SimStore]:
+        """Add empty object stores of so many bytes and return handles on them, by name."""
+        made = {}
+        for name, size in sizes.items():
+            self.images[name] = medium = Objects(size)
+            made[name] = SimStore(name, self, medium)
+        return made
+
+    def start(
+        self, device: SimDevice | SimStore, op: str, offset: int, length: int
+    ) -> tuple[Action | None, int, float, float]:
+        """Begin an operation that takes time: its fate, its number, the time until it takes effect
+        and the time left after that. Raises `Crash`."""
+        action = self.step(device, op, offset, length)
+        whole = self.rng.random() * self.latency
+        part = self.rng.random() * whole
+        return action, self.operations, part, whole - part
+
+    def step(
+        self, device: SimDevice | SimStore, op: str, offset: int = 0, length: int = 0
+    ) -> Action | None:
         """Count an operation and return what happens to it. Raises `Crash`. Atomic."""
         self.check_alive(device)
         self.operations += 1
@@ -90,14 +123,14 @@ class World:
             raise Crash(self.epitaph)
         return self.scripts[device.name].draw(op, offset, length)
 
-    def finish(self, device: SimDevice, number: int) -> None:
+    def finish(self, device: SimDevice | SimStore, number: int) -> None:
         """The operation took effect and is about to be answered. Raises `Crash`."""
         self.check_alive(device)
         if number == self.crash_at:
             self.die(f"after operation {number} of {device.name} took effect")
             raise Crash(self.epitaph)
 
-    def check_alive(self, device: SimDevice) -> None:
+    def check_alive(self, device: SimDevice | SimStore) -> None:
         """Raise `Crash` when the process that holds this handle is dead."""
         if self.dead or device.life != self.life:
             raise Crash(f"{device.name}: the process that held it is dead")
@@ -126,7 +159,7 @@ class World:
 
     def reopen(
         self, *, crash_at: int | None = None, crash_after: bool = False
-    ) -> dict[str, SimDevice]:
+    ) -> dict[str, SimDevice | SimStore]:
         """Begin the next life and return handles on all media that have not vanished, by name.
 
         `crash_at` counts the operations of the new life only.
@@ -139,7 +172,13 @@ class World:
         self.crash_at = None if crash_at is None else self.operations + crash_at
         self.crash_after = crash_after
         present = [name for name in self.images if not self.scripts[name].vanished]
-        return {name: SimDevice(name, self.images[name].size, self) for name in present}
+        return {name: self._handle(name) for name in present}
+
+    def _handle(self, name: str) -> SimDevice | SimStore:
+        medium = self.images[name]
+        if isinstance(medium, Objects):
+            return SimStore(name, self, medium)
+        return SimDevice(name, medium.size, self)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Return the result of `work`; raises `Crash` when the world dies before, and then ends
@@ -163,12 +202,7 @@ class World:
         """Return a fingerprint of all media and of every operation so far."""
         digest = self._trace.copy()
         for name in sorted(self.images):
-            image = self.images[name]
-            layers = [image.written, image.synced, *(write.blocks for write in image.unsynced)]
-            digest.update(f"{name} {image.size} {len(layers)}\n".encode())
-            for blocks in layers:
-                for number in sorted(blocks):
-                    digest.update(f"{number}\n".encode() + blocks[number])
+            self.images[name].add_to(digest)
         return digest.hexdigest()
 
 
@@ -182,7 +216,9 @@ class SimDevice:
         self.name = name
         self.life = world.life
         self._world = world
-        self._image = world.images.setdefault(name, Image(size))
+        image = world.images.setdefault(name, Image(size))
+        assert isinstance(image, Image)
+        self._image = image
         self._script = world.scripts.setdefault(name, Script(world.rng))
         self._closed = False
 
@@ -211,6 +247,8 @@ class SimDevice:
         self._check_open()
         check_buffers(self.url, self.size, offset, buffers)
         write = split(offset, buffers)
+        if self._world.tap is not None:
+            self._world.tap.write(self.name, offset, b"".join(buffers))
         self._image.inflight.append(write)
         try:
             action, number, rest = await self._begin("write", offset, sum(map(len, buffers)))
@@ -252,6 +290,8 @@ class SimDevice:
         self._check_open()
         check_buffers(self.url, self.size, offset, buffers)
         write = split(offset, buffers)
+        if self._world.tap is not None:
+            self._world.tap.write(self.name, offset, b"".join(buffers))
         self._image.inflight.append(write)
         try:
             action = self._world.step(self, "append", offset, sum(map(len, buffers)))
@@ -288,17 +328,14 @@ class SimDevice:
     ) -> tuple[Action | None, int, float]:
         """Wait until the operation takes effect. Returns its fate, its number, its time left."""
         world = self._world
-        action = world.step(self, op, offset, length)
-        number = world.operations
-        whole = world.rng.uniform(0, world.latency)
-        part = world.rng.uniform(0, whole)
+        action, number, part, rest = world.start(self, op, offset, length)
         await self._script.wait(action)
         await asyncio.sleep(part)
         world.check_alive(self)
         if op == "sync" and isinstance(action, Fail | ApplyThenFail):
             self._image.fail_sync(world.rng)
         raise_before(self.url, op, action)
-        return action, number, whole - part
+        return action, number, rest
 
     async def _end(self, op: str, action: Action | None, number: int, rest: float) -> None:
         self._world.finish(self, number)

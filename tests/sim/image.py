@@ -8,6 +8,7 @@ randomness is passed in.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
@@ -94,6 +95,14 @@ class Image:
             spoiled = bytearray(blocks.get(number, ZEROS))
             spoiled[position] ^= mask
             blocks[number] = bytes(spoiled)
+
+    def add_to(self, digest: hashlib._Hash) -> None:
+        """Add all of it to a fingerprint."""
+        layers = [self.written, self.synced, *(write.blocks for write in self.unsynced)]
+        digest.update(f"{self.size} {len(layers)}\n".encode())
+        for blocks in layers:
+            for number in sorted(blocks):
+                digest.update(f"{number}\n".encode() + blocks[number])
 
     def copy(self) -> Image:
         """Return an independent image with the same content and nothing in flight."""

@@ -2,9 +2,10 @@
 
 Theory of operation: the loop has a selector that never waits. When nothing is runnable, it moves
 the clock to the next timer; when there is no timer either, nothing can ever happen again and
-`Deadlock` is raised; so it is when the clock passes `limit`, since somebody may look again for ever.
-Calls for a thread pool run in the loop's own thread, sockets are those of `tests.sim.network`. Tasks
-hash by their number, so that the sets of tasks inside asyncio have the same order in every process.
+`Deadlock` is raised; so it is when the clock passes `limit`, since somebody may look again for
+ever. Calls for a thread pool run in the loop's own thread, sockets are those of
+`tests.sim.network`. Tasks hash by their number, so that the sets of tasks inside asyncio have the
+same order in every process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Ts = TypeVarTuple("Ts")
 
 
 #: Virtual seconds after which a simulation must have ended.
-LIMIT = 1e6
+LIMIT = 1e5
 
 
 class Deadlock(Exception):

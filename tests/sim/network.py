@@ -1,8 +1,8 @@
 """Simulated connections: a socket as the server's sessions use it, and the client's end of it.
 
 Bytes arrive in order, late, and cut anywhere; a socket takes only what its buffer has room for; the
-client may close at any moment, which the server sees at once (`SimSocket.hung_up`) though bytes sent
-before may be unread. What a dead process sends reaches nobody.
+client may close at any moment, which the server sees at once (`hung_up`) though bytes sent before
+may be unread. What a dead process sends reaches nobody.
 """
 
 from __future__ import annotations
