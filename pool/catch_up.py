@@ -68,7 +68,6 @@ class CatchUp:
                 if not await self._is_there(member, row, shard):
                     reached("catch_up_after_look_before_rebuild")
                     await self._rebuild(member, row, shard)
-                    self._state.counters["caught_up_shards"] += 1
             except DeviceError:
                 # It is expelled by whoever writes to it next; reads use parity meanwhile.
                 self._state.counters["catch_up_errors"] += 1
@@ -95,10 +94,14 @@ class CatchUp:
         )
 
     async def _rebuild(self, member: Member, row: Stripe, shard: int) -> None:
-        assert member.shards is not None
         header, data = await self._reader.shard(row, shard)
+        if member.shards is None:
+            return  # it was expelled meanwhile
         write = member.shards.write(row.id, shard, row.places[shard][1], [header, data])
-        await answer(write, WRITE_SECONDS, member.url)
+        if not await self._reader.put_right(member, write):
+            self._state.counters["catch_up_errors"] += 1
+            return
+        self._state.counters["caught_up_shards"] += 1
         self._touched.add(member.index)
         reached("catch_up_after_rebuild_before_sync")
 

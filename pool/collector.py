@@ -98,6 +98,8 @@ async def collect_meta(moving: Moving, stripes: int) -> int:
     room = state.shape().blocks * BLOCK_SIZE
     chosen = sorted(size, key=lambda stripe: size[stripe])[:stripes]
     chosen = [stripe for stripe in chosen if size[stripe] < room * 3 // 4]
+    if -(-sum(size[stripe] for stripe in chosen) // room) >= len(chosen):
+        return 0  # as many stripes would be filled as emptied
     for stripe in chosen:
         leaves = {(layer, number) for layer, number, _ in pages[stripe]}
         while await moving.loader.ensure(leaves):

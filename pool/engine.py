@@ -39,6 +39,7 @@ class Engine:
         self.reader = reader
         self.loader = loader
         self.membership = membership
+        reader.on_failure = membership.report
         self.moving = Moving(state, reader, loader, membership.expel)
         self.checkpoint = Checkpoint(self.moving, membership)
         self.maintenance: Maintenance | None = None

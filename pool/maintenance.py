@@ -267,12 +267,19 @@ class Maintenance:
             pass
 
     async def _collect(self) -> None:
+        """Empty some stripes. If that gained nothing it is not tried again before a checkpoint."""
+        before = self._gained()
         emptied = await collect(self._moving, self._step_stripes())
         if not emptied:
             emptied = await collect_meta(self._moving, STEP_STRIPES)
             if emptied:
                 await self.checkpoint_now()
-        self._collectable = emptied > 0
+        self._collectable = self._gained() > before
+
+    def _gained(self) -> int:
+        """Stripes that can be placed now or after the next checkpoint."""
+        self._state.settle()
+        return self._state.free_stripes() + len(self._state.table.dead())
 
     async def checkpoint_now(self) -> None:
         """Write a checkpoint and answer those who asked for one."""

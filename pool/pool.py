@@ -29,6 +29,7 @@ from pool.reader import Reader
 from pool.recovery import Source
 from pool.replicas import Copy, forgetful, mapped
 from pool.roots import Found, active, check_enough, choose_root
+from pool.scrub import Scrubbed, scrub
 from pool.state import LEAF_BUDGET, Committed, State
 from pool.status import describe
 from pool.table import NOWHERE, Stripe, StripeTable
@@ -208,6 +209,12 @@ class Pool:
     async def check(self, progress: Progress | None = None) -> list[str]:
         """Verify everything against everything; returns one line per fault."""
         return await check_pool(self.engine, progress or (lambda done, total: None))
+
+    async def scrub(self, progress: Progress | None = None) -> Scrubbed:
+        """Verify every shard and rebuild those that are wrong. Raises PoolStopped."""
+        self._writable()
+        state, reader = self._state, self.engine.reader
+        return await scrub(state, reader, progress or (lambda done, total: None))
 
     async def checkpoint(self) -> None:
         """Write a checkpoint now. Raises PoolStopped."""

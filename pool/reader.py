@@ -8,13 +8,15 @@ the block may have moved meanwhile.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from typing import Any
 
 from crc32c import crc32c
 
-from backends.base import BLOCK_SIZE, DeviceError
+from backends.base import BLOCK_SIZE, Device, DeviceError
 from pool.checksum import block_crcs, verify
 from pool.erasure import codec
 from pool.errors import DataLost, FormatError
@@ -34,6 +36,7 @@ from pool.format.location import (
 from pool.format.page import Page, Pointer, checksum, decode
 from pool.format.stripe import Header
 from pool.member import Member
+from pool.overdue import WRITE_SECONDS, answer
 from pool.state import State
 from pool.table import NOWHERE, Stripe
 
@@ -48,6 +51,8 @@ class Reader:
     def __init__(self, state: State) -> None:
         self._state = state
         self._headers: OrderedDict[int, Header] = OrderedDict()
+        #: Told of members that do not answer a repair.
+        self.on_failure: Callable[[int, DeviceError], None] = lambda index, error: None
 
     # -- fast path ---------------------------------------------------------------------------
 
@@ -137,11 +142,11 @@ class Reader:
     ) -> None:
         """Rewrite a bad journal block; the pin keeps its position from being reused (R14)."""
         self._accuse(member, "bad_blocks")
-        if position < self._state.journal.tail or not member.present:
+        state = self._state
+        if position < state.journal.tail or not member.present or not state.writable:
             return
-        try:
-            await member.backend.write(offset, [data])  # type: ignore[union-attr]
-        except DeviceError:
+        assert isinstance(member.backend, Device)
+        if not await self.put_right(member, member.backend.write(offset, [data])):
             return
         member.repaired += 1
         self._state.counters["repaired_blocks"] += 1
@@ -219,19 +224,32 @@ class Reader:
         device, slot = row.places[shard]
         member = self._state.members[device]
         self._accuse(member, "bad_blocks")
-        if not member.present or member.shards is None:
+        if not member.present or member.shards is None or not self._state.writable:
             return
         try:
             if self._state.row(row.id).places[shard] != (device, slot):
                 return
-            offset = row.shape.header_bytes + block * BLOCK_SIZE
-            reached("repair_after_decode_before_write")
-            await member.shards.repair(row.id, shard, slot, offset, data)
-            reached("repair_after_write_before_count")
-        except (DeviceError, KeyError):
+        except KeyError:
             return
+        offset = row.shape.header_bytes + block * BLOCK_SIZE
+        reached("repair_after_decode_before_write")
+        repair = member.shards.repair(row.id, shard, slot, offset, data)
+        if not await self.put_right(member, repair):
+            return
+        reached("repair_after_write_before_count")
         member.repaired += 1
         self._state.counters["repaired_blocks"] += len(data) // BLOCK_SIZE
+
+    async def put_right(self, member: Member, write: Coroutine[Any, Any, None]) -> bool:
+        """Wait for a repair; whether it was done. A member that does not answer is reported: it
+        must not hold the pin, and what it may still write must not meet a new owner (R14)."""
+        try:
+            await answer(write, WRITE_SECONDS, member.url)
+        except DeviceError as error:
+            if error.errno == errno.ETIMEDOUT:
+                self.on_failure(member.index, error)
+            return False
+        return True
 
     def _accuse(self, member: Member, what: str) -> None:
         member.errors += 1

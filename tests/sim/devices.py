@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 from backends.base import Buffer
 from backends.failures import check_buffers, check_range, gone
 from backends.fault_script import (
+    READS,
     Action,
     ApplyThenFail,
     Fail,
@@ -78,6 +79,8 @@ class World:
         self.crash_at = crash_at
         self.crash_after = crash_after
         self.operations = 0
+        #: Those of them that change a medium.
+        self.changes = 0
         self.images: dict[str, Image | Objects] = {}
         #: Told of every write before it happens.
         self.tap: Tap | None = None
@@ -117,6 +120,7 @@ class World:
         """Count an operation and return what happens to it. Raises `Crash`. Atomic."""
         self.check_alive(device)
         self.operations += 1
+        self.changes += op not in READS and op != "list"
         self._trace.update(f"{self.life} {device.name} {op} {offset} {length}\n".encode())
         if self.operations == self.crash_at and not self.crash_after:
             self.die(f"during operation {self.operations}, {op} of {device.name}")

@@ -36,7 +36,7 @@ class Connection:
         self.structured = rng.random() < 0.7
         self.size = 0
         self.lost = False
-        self._greeted = False
+        self._greeted = self._entered = False
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._inbound = bytearray()
         self._cookie = rng.randrange(1 << 40)
@@ -84,12 +84,13 @@ class Connection:
     # -- receiving -----------------------------------------------------------------------------
 
     def _received(self, data: bytes) -> None:
+        if self.lost:
+            return
         self._inbound += data
-        if not self._ready.done():
+        if not self._entered:
             self._negotiated()
-        if self._ready.done():
-            while self._answered():
-                pass
+        while self._entered and not self.lost and self._answered():
+            pass
 
     def _negotiated(self) -> None:
         inbound = self._inbound
@@ -97,7 +98,7 @@ class Connection:
             assert struct.unpack_from(">QQ", inbound) == (wire.NBDMAGIC, wire.IHAVEOPT)
             del inbound[:18]
             self._greeted = True
-        while self._greeted and len(inbound) >= 20 and not self._ready.done():
+        while self._greeted and len(inbound) >= 20 and not (self._entered or self.lost):
             magic, option, kind, length = struct.unpack_from(">QIII", inbound)
             assert magic == 0x0003E889045565A9
             if len(inbound) < 20 + length:
@@ -110,12 +111,14 @@ class Connection:
         if option != wire.GO:
             return
         if kind == wire.UNKNOWN:
-            self._ready.set_exception(UnknownExport(self.name))
+            self._fail(UnknownExport(self.name))
             self.cut()
         elif kind == wire.REP_INFO and body[:2] == b"\0\0":
             self.size = struct.unpack_from(">Q", body, 2)[0]
         elif kind == wire.ACK:
-            self._ready.set_result(None)
+            self._entered = True
+            if not self._ready.done():
+                self._ready.set_result(None)
 
     def _answered(self) -> bool:
         """Take one whole answer; False if there is none."""
@@ -142,11 +145,14 @@ class Connection:
 
     def _lost(self) -> None:
         self.lost = True
-        if not self._ready.done():
-            self._ready.set_exception(ConnectionResetError("connection lost"))
-            self._ready.exception()
+        self._fail(ConnectionResetError("connection lost"))
         for waiter in self._open.values():
             if not waiter.done():
                 waiter.set_exception(ConnectionResetError("connection lost"))
                 waiter.exception()
         self._open.clear()
+
+    def _fail(self, error: Exception) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()

@@ -8,6 +8,7 @@ may be unread. What a dead process sends reaches nobody.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
@@ -18,7 +19,9 @@ BUFFER_BYTES = 24 << 10
 
 
 class SimSocket:
-    """The server's end. It has the methods of `socket.socket` that sessions call."""
+    """The server's end. It has the methods of `socket.socket` that server and sessions call."""
+
+    family = socket.AF_UNIX
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -63,6 +66,9 @@ class SimSocket:
         self.poke()
 
     # -- what sessions call --------------------------------------------------------------------
+
+    def setblocking(self, wanted: bool) -> None:
+        assert not wanted
 
     def recv_into(self, into: memoryview) -> int:
         if self._link.broken:

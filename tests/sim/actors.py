@@ -1,0 +1,200 @@
+"""Who acts in a random life: users with requests, an operator, bad luck with devices and cables.
+
+An actor is a coroutine that ends by itself. It draws from a generator of its own, so that what one
+does is not changed by how often another acts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from backends.fault_script import (
+    OPERATIONS,
+    READS,
+    WRITES,
+    Action,
+    ApplyThenFail,
+    Delay,
+    Fail,
+    FlipBits,
+    Hang,
+    Rule,
+    ShortRead,
+    Vanish,
+)
+from pool.errors import PoolError, PoolStopped
+
+from .clients import BLOCK_SECTORS, Client
+from .devices import SimDevice
+from .options import REQUESTS, Options
+from .oracle import Violation
+from .ports import NbdPort
+from .stores import SimStore
+from .world import Rig
+
+SYNC = frozenset({"sync"})
+SLOW = READS | {"write", "sync", "put"}
+BLOCK = 4096
+
+
+@dataclass(slots=True)
+class Stage:
+    """What the actors of one run share."""
+
+    rig: Rig
+    options: Options
+    #: Names of the volumes that users know of.
+    names: list[str] = field(default_factory=list)
+    serial: int = 0
+    #: Requests that got an answer, of all users in all lives.
+    answered: int = 0
+    #: More devices fail than parity can replace: errors are right as long as they are honest.
+    beyond: bool = False
+
+    async def new_volume(self, client: Client) -> str:
+        self.serial += 1
+        name = f"v{self.serial}"
+        await client.create(name, self.options.volume_blocks * BLOCK)
+        return name
+
+
+async def user(stage: Stage, client: Client, rng: Random, requests: int) -> None:
+    """Random requests on random volumes, which may be deleted meanwhile. Raises Violation."""
+    for _ in range(requests):
+        name = rng.choice(stage.names)
+        try:
+            await _request(stage.options, client, rng, name)
+            stage.answered += 1
+        except (KeyError, OSError) as error:
+            stage.answered += 1
+            if stage.beyond and isinstance(error, OSError):
+                stage.rig.events["honest_errors"] += 1
+                continue
+            if name in client.deleted and not isinstance(error, PoolStopped):
+                stage.rig.events["shut_down"] += 1
+                continue
+            parity = stage.options.shape.parity
+            raise Violation(
+                f"a client saw {error!r} with at most {parity} devices at fault"
+            ) from error
+        if rng.random() < 0.5:
+            await asyncio.sleep(rng.random() * stage.options.latency * 4)
+
+
+async def _request(options: Options, client: Client, rng: Random, name: str) -> None:
+    blocks = options.volume_blocks
+    room = blocks if rng.random() < 0.3 else max(4, int(blocks * options.hot))
+    block = rng.randrange(room) * BLOCK_SECTORS
+    sectors = blocks * BLOCK_SECTORS
+    whole = min(rng.choice((1, 1, 2, 5, 20)) * BLOCK_SECTORS, sectors - block)
+    odd = rng.randrange(room * BLOCK_SECTORS)
+    few = min(rng.randrange(1, 30), sectors - odd)
+    match rng.choices(REQUESTS, options.weights)[0]:
+        case "write":
+            await client.write(name, block, whole)
+        case "odd write":
+            await client.write(name, odd, few)
+        case "fua":
+            await client.write(name, block, whole, fua=True)
+        case "flush":
+            await client.flush(name)
+        case "trim":
+            await client.zero(name, block, whole)
+        case "zero":
+            await client.zero(name, block, whole, no_hole=rng.random() < 0.5)
+        case "read":
+            await client.read(name, odd, few)
+        case "status":
+            await client.status(name, block, whole)
+        case "sync write":
+            await client.write(name, block, whole)
+            await client.flush(name)
+
+
+async def operator(stage: Stage, client: Client, rng: Random) -> None:
+    """Creates and deletes volumes, looks at the pool, has it write checkpoints and scrub."""
+    rig = stage.rig
+    for _ in range(stage.options.operator):
+        await asyncio.sleep(rng.random() * stage.options.latency * 100)
+        try:
+            match rng.choice(("checkpoint", "status", "scrub", "replace", "replace")):
+                case "checkpoint":
+                    await client.pool.checkpoint()
+                case "status":
+                    client.pool.status()
+                case "scrub":
+                    await client.pool.scrub()
+                    rig.events["scrubs"] += 1
+                case _:
+                    await _replace(stage, client, rng)
+        except (PoolError, OSError):
+            if not stage.beyond:
+                raise
+
+
+async def _replace(stage: Stage, client: Client, rng: Random) -> None:
+    """A new volume for an old one, which is deleted under its users."""
+    victim = rng.choice(stage.names)
+    stage.names.append(await stage.new_volume(client))
+    stage.names.remove(victim)
+    await client.delete(victim)
+    if stage.rig.server is not None:
+        stage.rig.server.drop_export(victim)
+
+
+async def cable(stage: Stage, port: NbdPort, rng: Random) -> None:
+    """Connections are lost, and strangers talk nonsense."""
+    options = stage.options
+    for _ in range(options.cuts):
+        await asyncio.sleep(rng.random() * (options.latency + options.network) * 30)
+        port.cut(rng)
+        if options.babble and rng.random() < 0.5:
+            port.babble(rng)
+
+
+async def mischief(stage: Stage, rng: Random, names: Sequence[str]) -> None:
+    """Faults on these devices."""
+    for _ in range(stage.options.faults_per_life if names else 0):
+        await asyncio.sleep(rng.random() * stage.options.latency * 60)
+        _harm(stage, rng, rng.choice(names))
+
+
+def _harm(stage: Stage, rng: Random, name: str) -> None:
+    kind = rng.choice(stage.options.faults)
+    stage.rig.events["faults"] += 1
+    device = stage.rig.devices.get(name)
+    if kind == "rot" and device is not None:
+        rot(device, rng, rng.choice((1, 20, 200)))
+        stage.rig.events["rotten"] += 1
+    elif kind not in ("rot", "returns old"):
+        stage.rig.world.scripts[name].add(fault(kind, rng))
+
+
+def rot(device: SimDevice | SimStore, rng: Random, count: int) -> None:
+    """Flip a bit in each of so many places of what a device holds."""
+    for _ in range(count):
+        if isinstance(device, SimDevice):
+            device.rot(rng.randrange(device.size), 1 << rng.randrange(8))
+        elif objects := device.snapshot().objects:
+            name = rng.choice(sorted(objects))
+            device.spoil(name, rng.randrange(len(objects[name])), 1 << rng.randrange(8))
+
+
+def fault(kind: str, rng: Random) -> Rule:
+    """A rule for the kinds that are rules."""
+    kinds: dict[str, tuple[frozenset[str], Action]] = {
+        "reads fail": (READS, Fail()),
+        "writes fail": (WRITES, Fail()),
+        "syncs fail": (SYNC, Fail()),
+        "applied, then failed": (SYNC | WRITES, ApplyThenFail()),
+        "bits flip": (READS, FlipBits(3)),
+        "short reads": (READS, ShortRead()),
+        "slow": (SLOW, Delay(rng.choice((0.1, 5.0, 40.0)))),
+        "hangs": (SLOW, Hang()),
+        "vanishes": (OPERATIONS, Vanish()),
+    }
+    ops, action = kinds[kind]
+    return Rule(ops, action, times=rng.choice((1, 3, None)), chance=rng.choice((1.0, 0.3)))
