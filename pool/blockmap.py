@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import numpy as np
 
@@ -298,15 +298,15 @@ class LayerMap:
         if number not in self.leaves and self.pointers.get(number) == pointer:
             self.leaves[number] = leaf
 
-    def evict(self, budget: int) -> int:
-        """Drop clean leaves, oldest first, until `budget` bytes are freed. Returns the bytes
-        freed."""
+    def evict(self, budget: int, pinned: Container[int] = ()) -> int:
+        """Drop clean leaves but `pinned` ones, oldest first, until `budget` bytes are freed.
+        Returns the bytes freed."""
         freed = 0
         victims = []
         for number, leaf in self.leaves.items():
             if freed >= budget:
                 break
-            if not leaf.dirty and number not in self.writing:
+            if not leaf.dirty and number not in self.writing and number not in pinned:
                 victims.append(number)
                 freed += leaf.memory
         for number in victims:

@@ -154,11 +154,6 @@ class Checkpoint:
 
     async def _attempt(self) -> bool:
         state = self._state
-        # The ids that this checkpoint may need must be covered by a committed root (R1).
-        if state.stripe_limit - state.next_stripe < 4096:
-            state.stripe_limit += 1 << 16
-            await self._membership.commit(state.committed)
-            reached("window_after_root_before_use")
         frozen = self._freeze()
         meta, anchors = Packer(state), Packer(state)
         added: list[int] = []

@@ -16,7 +16,6 @@ from collections.abc import Callable
 FAILPOINTS: dict[str, str] = {
     "term_after_count_before_root": "R1",
     "term_after_root_before_copy": "R1",
-    "window_after_root_before_use": "R1",
     "sync_after_device_before_durable": "R2",
     "append_after_headers_before_primary": "R3",
     "append_after_primary_before_map": "R3",

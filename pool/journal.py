@@ -235,7 +235,9 @@ class Journal:
         self._record(EXTENT.size).extents.append((kind, layer, block, count))
 
     def stage_mark(self) -> None:
-        """Stage a record without extents: the start of a term."""
+        """Stage a record without extents: the start of a term. Whatever else was staged has left
+        room for it, or it takes the place of one that ended the journal."""
+        assert self._staged < self.tail + self.size
         self._record(0)
 
     def stage_catalog(self, text: bytes) -> None:

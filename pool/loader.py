@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 
 from pool.blockmap import Leaf
@@ -22,21 +23,30 @@ class Loader:
         self._state = state
         self._reader = reader
         self._budget = budget
+        #: Leaves that somebody waits for, or waits with for others: they stay.
+        self._pinned: Counter[tuple[int, int]] = Counter()
 
     async def ensure(self, leaves: Iterable[tuple[int, int]]) -> bool:
         """Load those of the (layer, number) that are paged out. Returns whether any had to be: the
-        caller, who has waited, must look again. Raises DataLost."""
+        caller, who has waited, must look again, and finds them all. Raises DataLost."""
+        wanted = list(leaves)
         missing = sorted(
             (pointer, layer, number)
-            for layer, number in leaves
+            for layer, number in wanted
             if (found := self._state.maps.get(layer)) is not None
             and number not in found.leaves
             and (pointer := found.pointers.get(number)) is not None
         )
-        for start in range(0, len(missing), PARALLEL):
-            part = missing[start : start + PARALLEL]
-            await asyncio.gather(*(self._load(*item) for item in part))
-        return bool(missing)
+        if not missing:
+            return False
+        self._pinned.update(wanted)
+        try:
+            for start in range(0, len(missing), PARALLEL):
+                part = missing[start : start + PARALLEL]
+                await asyncio.gather(*(self._load(*item) for item in part))
+        finally:
+            self._pinned -= Counter(wanted)
+        return True
 
     async def _load(self, pointer: page.Pointer, layer: int, number: int) -> None:
         found = await self._reader.page(pointer, page.KIND_LEAF)
@@ -58,4 +68,5 @@ class Loader:
         for layer_map in self._state.maps.values():
             if excess <= 0:
                 return
-            excess -= layer_map.evict(excess + self._budget // 8)
+            pinned = {number for layer, number in self._pinned if layer == layer_map.layer}
+            excess -= layer_map.evict(excess + self._budget // 8, pinned)

@@ -380,9 +380,18 @@ async def _recover(
         state.behind |= await forgetful(sources, records, chain.durable)
         sources.sort(key=lambda source: source.member in state.behind)
         missed = returned | state.behind
+        mark = recovery.ending_mark(backlog, chain)
+        if mark is not None and mark.position < committed.replay:
+            state.committed = recovery.begin_at(mark, committed)
         copy = Copy(sources, chain, records, committed.tail)
         replicas = await _start_term(engine, copy, returned)
         lost = copy.lost
+        if mark is not None:
+            # Every replica has it now: what an old copy had there instead cannot come back.
+            records.pop()
+            chain.end, chain.previous = mark.position, mark.previous
+            for replica in replicas:
+                replica.written = replica.synced = mark.position
         reached("recovery_after_naming_before_replay")
     await recovery.preload(state, engine.loader, chain)
     await recovery.replay(state, engine.loader, chain)
@@ -409,9 +418,6 @@ async def _recover(
         return
     reached("recovery_after_replay_before_mark")
     engine.start(catch_up=missed)
-    # The last life may have filled the journal, and the mark must not go over live space.
-    while not journal.room(0):
-        await engine.wait_room(0)
     journal.stage_mark()
     journal.commit(flags=FLAG_TERM_START)
     reached("recovery_after_mark_before_flush")

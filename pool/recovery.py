@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from crc32c import crc32c
@@ -31,10 +31,10 @@ from pool.errors import DataLost, FormatError, PoolError
 from pool.format import page, record
 from pool.format.page import Pointer
 from pool.format.record import KIND_CATALOG, Record
-from pool.journal import Committed
+from pool.journal import Committed as CommittedExtent
 from pool.loader import Loader
 from pool.reader import Reader
-from pool.state import State
+from pool.state import Committed, State
 from pool.table import StripeTable
 
 #: A replica that takes longer to answer a read is left out.
@@ -148,6 +148,24 @@ async def follow(
     return chain
 
 
+def ending_mark(before: Sequence[Record], chain: Chain) -> Record | None:
+    """A term start record that ends the journal; `before` are the records up to the replay
+    position. It says nothing any more, and the next term's takes its place, so that opening again
+    and again does not fill the journal."""
+    records = chain.records or before
+    last = records[-1] if records else None
+    return last if last is not None and last.flags & record.FLAG_TERM_START else None
+
+
+def begin_at(mark: Record, committed: Committed) -> Committed:
+    """What a root must say so that the chain begins at the place of a mark that ends where it would
+    have begun: with a newer record than that mark."""
+    return replace(
+        committed, replay=mark.position, version=mark.version, previous=mark.previous,
+        durable=min(committed.durable, mark.position),
+    )  # fmt: skip
+
+
 async def backlog(sources: Sequence[Source], tail: int, replay: int) -> list[Record]:
     """The records between the tail and the replay position: the checkpoint has their effect, but
     live blocks are still among them. Raises PoolError if one cannot be read."""
@@ -189,7 +207,9 @@ def _accept(chain: Chain, group: list[tuple[Record, dict[int, bytes]]]) -> None:
 async def _next(
     windows: list[Window], position: int, version: int, previous: int, durable: int
 ) -> tuple[Record, dict[int, bytes]] | None:
-    """The record at a position and its verified blocks, from whichever replicas have them."""
+    """The record at a position and its verified blocks, from whichever replicas have them; the
+    newest, since a term may have put its start record in the place of an older one's."""
+    best: tuple[Record, bytes] | None = None
     for window in windows:
         block = await window.block(position)
         if block is None:
@@ -198,20 +218,21 @@ async def _next(
             header = record.decode(block)
         except FormatError:
             continue
-        if header.position != position or header.previous != previous or (
-            header.version <= version
-        ):  # fmt: skip
-            continue
-        blocks = {position: block}
-        needs_all = header.end > durable
-        for i, crc in enumerate(header.crcs):
-            if needs_all or _is_catalog(header, i):
-                data = await _verified(windows, position + 1 + i, crc)
-                if data is None:
-                    return None
-                blocks[position + 1 + i] = data
-        return header, blocks
-    return None
+        continues = header.position == position and header.previous == previous
+        if continues and header.version > (best[0].version if best else version):
+            best = header, block
+    if best is None:
+        return None
+    header, block = best
+    blocks = {position: block}
+    needs_all = header.end > durable
+    for i, crc in enumerate(header.crcs):
+        if needs_all or _is_catalog(header, i):
+            data = await _verified(windows, position + 1 + i, crc)
+            if data is None:
+                return None
+            blocks[position + 1 + i] = data
+    return header, blocks
 
 
 def _is_catalog(header: Record, index: int) -> bool:
@@ -318,13 +339,13 @@ def _leaves(state: State, header: Record) -> set[tuple[int, int]]:
     return needed
 
 
-def _committed(header: Record) -> Sequence[Committed]:
+def _committed(header: Record) -> Sequence[CommittedExtent]:
     found = []
     position, used = header.position + 1, 0
     for extent in header.extents:
         crcs = list(header.crcs[used : used + extent.payload])
         found.append(
-            Committed(
+            CommittedExtent(
                 extent.kind,
                 extent.layer,
                 extent.block,
@@ -346,7 +367,7 @@ class _Changes:
         self._state = state
         self._chain = chain
 
-    def __call__(self, extent: Committed) -> None:
+    def __call__(self, extent: CommittedExtent) -> None:
         try:
             apply_change(self._state, json.loads(self._chain.catalog[extent.position]))
         except (FormatError, ValueError) as error:

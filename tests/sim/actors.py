@@ -38,6 +38,8 @@ from .world import Rig
 SYNC = frozenset({"sync"})
 SLOW = READS | {"write", "sync", "put"}
 BLOCK = 4096
+#: Bytes at either end of a device that hold superblocks.
+SUPERBLOCKS = 128 << 10
 
 
 @dataclass(slots=True)
@@ -174,13 +176,14 @@ def _harm(stage: Stage, rng: Random, name: str) -> None:
 
 
 def rot(device: SimDevice | SimStore, rng: Random, count: int) -> None:
-    """Flip a bit in each of so many places of what a device holds."""
+    """Flip a bit in each of so many places of what a device holds. One without a whole superblock
+    belongs to no pool any more and would never heal: where much rots, superblocks don't."""
+    spared = SUPERBLOCKS if count > 1 else 0
     for _ in range(count):
         if isinstance(device, SimDevice):
-            device.rot(rng.randrange(device.size), 1 << rng.randrange(8))
-        elif objects := device.snapshot().objects:
-            name = rng.choice(sorted(objects))
-            device.spoil(name, rng.randrange(len(objects[name])), 1 << rng.randrange(8))
+            device.rot(rng.randrange(spared, device.size - spared), 1 << rng.randrange(8))
+        elif shards := [name for name in device.snapshot().objects if name.startswith("shard")]:
+            device.spoil(rng.choice(sorted(shards)), rng.randrange(BLOCK), 1 << rng.randrange(8))
 
 
 def fault(kind: str, rng: Random) -> Rule:

@@ -43,6 +43,8 @@ class Tap:
         #: The state of the open pool, as far as the last committed root goes; None while opening.
         self.state: State | None = None
         self._versions: dict[int, tuple[int, int]] = {}
+        #: Position → checksums of the records that end there.
+        self._ends: dict[int, set[int]] = {}
         self._written: dict[tuple[int, int, int], int] = {}
         self._stripes: dict[int, bytes] = {}
         self._needed: tuple[object, dict[Place, int]] = (None, {})
@@ -97,6 +99,7 @@ class Tap:
                 f"R21: the record at {found.position} overwrites journal that the committed root "
                 f"needs from {self.state.committed.tail} on"
             )
+        self._chain(found)
         at = 0
         for extent in found.extents:
             if extent.kind == KIND_DATA:
@@ -104,6 +107,13 @@ class Tap:
                     key = extent.layer, extent.block + i, found.version
                     self._written[key] = found.crcs[at + i]
             at += extent.payload
+
+    def _chain(self, found: Record) -> None:
+        """The record before this one must be the one that it names (R2)."""
+        self._ends.setdefault(found.end, set()).add(found.crc)
+        before = self._ends.get(found.position)
+        if before is not None and found.previous not in before:
+            self._blame(f"R2: the record at {found.position} does not name the one before it")
 
     # -- stripes ---------------------------------------------------------------------------------
 

@@ -139,8 +139,16 @@ class Client:
         """Flush; what was answered before is durable then. Raises OSError."""
         begun = self._oracle.tick()
         await self.port.flush(name)
+        self._check_replicas()
         self._oracle.flushed(begun)
         self.events["flushes"] += 1
+
+    def _check_replicas(self) -> None:
+        """A replica whose sync failed must not have counted for a flush (R4). Raises Violation."""
+        journal = self.pool.engine.journal
+        for replica in journal.replicas:
+            if getattr(replica.device, "distrusted", False) and not replica.failed:
+                raise Violation(f"R4: {replica.device.url} is trusted after a failed sync")
 
     async def read(self, name: str, first: int, count: int) -> None:
         """Read and have it judged. Raises OSError, Violation."""

@@ -225,6 +225,8 @@ class SimDevice:
         self._image = image
         self._script = world.scripts.setdefault(name, Script(world.rng))
         self._closed = False
+        #: A sync of a journal replica failed here: no flush may count on it in this life (R4).
+        self.distrusted = False
 
     @property
     def url(self) -> str:
@@ -338,6 +340,8 @@ class SimDevice:
         world.check_alive(self)
         if op == "sync" and isinstance(action, Fail | ApplyThenFail):
             self._image.fail_sync(world.rng)
+            if _asked_by_the_journal():
+                self.distrusted = True
         raise_before(self.url, op, action)
         return action, number, rest
 
@@ -357,3 +361,9 @@ class SimDevice:
         self._world.check_alive(self)
         if self._closed:
             raise gone(self.url, "it was closed here")
+
+
+def _asked_by_the_journal() -> bool:
+    """Whether the running task is one that keeps a journal replica."""
+    task = asyncio.current_task()
+    return task is not None and "Journal._keep" in repr(task.get_coro())

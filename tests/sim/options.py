@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
+from pool import failpoints
+
 from .world import KIB, SMALL, TIGHT, WIDE, Shape
 
 SHAPES = (
@@ -55,6 +57,9 @@ class Options:
     power: float
     #: How a life ends: at a device operation, at a failpoint, or as it should.
     endings: tuple[str, ...]
+    failpoints: tuple[str, ...]
+    #: Chance that an unlucky device is not there at the next opening.
+    away: float
     cuts: int
     babble: bool
     operator: int
@@ -86,6 +91,8 @@ def draw(seed: int) -> Options:
         lives=rng.choice((2, 3, 3)),
         power=rng.choice((0.3, 0.6, 0.9)),
         endings=rng.choice((("operation",), ("failpoint",), ("operation", "failpoint", "clean"))),
+        failpoints=tuple(failpoints.FAILPOINTS),
+        away=rng.choice((0.0, 0.2, 0.5)),
         cuts=rng.choice((0, 2, 6)),
         babble=rng.random() < 0.3,
         operator=rng.choice((0, 2, 4)),

@@ -230,8 +230,33 @@ class _Puzzle:
         return writer
 
     def solve(self, *, power_lost: bool) -> set[Op]:
-        for i, op in enumerate(self.ops):
-            self.included[i] = op.flushed or (not power_lost and op.acked < math.inf)
+        """Zeros do not say which zeroing they come from: if the first that could be it leads
+        nowhere, it is barred, and the next one is tried."""
+        promised = [op.flushed or (not power_lost and op.acked < math.inf) for op in self.ops]
+        forced = np.array(promised, bool)
+        first: Violation | None = None
+        for _ in range(len(self.ops) + 1):
+            self.included = forced.copy()
+            self.moment = self.issued.copy()
+            self.writer = self._writers()
+            try:
+                return self._explanation()
+            except Violation as violation:
+                first = first or violation
+            guesses = np.flatnonzero(self.included & self.zero & ~forced)
+            if not len(guesses):
+                break
+            wrong = [i for i in guesses.tolist() if self._impossible(i)]
+            self.barred[wrong or [max(guesses.tolist(), key=lambda i: self.issued[i])]] = True
+        assert first is not None
+        raise first
+
+    def _impossible(self, zeroing: int) -> bool:
+        """Whether something is seen under a zeroing that was over before it was issued."""
+        seen = self.writer[self.covers[zeroing] & (self.seen != 0)]
+        return bool((seen == _BASE).any() or (self.acked[seen] < self.issued[zeroing]).any())
+
+    def _explanation(self) -> set[Op]:
         for _ in range(2 * len(self.ops) + 4):
             before = (self.included.copy(), self.moment.copy(), self.writer.copy())
             self._close()

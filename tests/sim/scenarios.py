@@ -1,20 +1,25 @@
-"""What clients do in the simulation: two fixed workloads, and the lives around a crash in them.
+"""What clients do in the simulation: fixed workloads, and the lives around a crash in them.
 
 `brief` is as short as two laps of a 16-block journal allow, `eventful` goes through everything that
 happens rarely: the collector racing overwrites, trims and deletes whose space is used again, a
 device that dies. `crash_at` runs one up to the Nth device operation, and judges what is left.
+
+`everything` comes by every failpoint of the engine, through a clean end and a second life.
+`crash_at_failpoint` ends it at one of them, and power fails in the recoveries that follow.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from random import Random
 
-from backends.fault_script import OPERATIONS, Rule, Vanish
+from backends.fault_script import OPERATIONS, Fail, Rule, Vanish
+from pool import failpoints
 
-from .devices import Crash
+from .devices import Crash, SimDevice
 from .loop import run
 from .world import BLOCK_SECTORS, SMALL, WIDE, Client, Rig, Shape
 
@@ -109,6 +114,112 @@ async def _race(rig: Rig, client: Client, count: int) -> None:
         rig.mover.collecting.clear()
 
 
+#: A pool in which all of it can happen: one device is a store, one may fail.
+MIXED = Shape(2, 1, 5, device_kib=832, journal_kib=64, stores=1)
+FAILS = "d1"
+
+
+async def everything(rig: Rig) -> None:
+    """Come by every failpoint: a life, its clean end, and another in which a device returns."""
+    rng = Random(5)
+    client = await rig.open()
+    await client.create("a", 640 << 10)
+    await client.create("b", 128 << 10)
+    await _fill(client, rng)
+    await client.zero("a", 80, 160)
+    await client.delete("b")
+    await client.pool.checkpoint()
+    await together(rig, client, 20)
+    rig.unlucky = {FAILS}
+    device = rig.devices[FAILS]
+    assert isinstance(device, SimDevice)
+    for offset in range(rig.tap.layouts[FAILS][1].slots_offset, device.size - (128 << 10), 4096):
+        device.rot(offset + rng.randrange(4096))
+    for first in range(0, 1280, 64):
+        await client.read("a", first, 64)
+    device.script.add(Rule(frozenset({"sync"}), Fail()))
+    await together(rig, client, 20)
+    await client.flush("a")
+    await client.pool.close()
+    rig.end_life(power=True)
+    client = await rig.open()
+    maintenance = client.pool.engine.maintenance
+    assert maintenance is not None
+    await together(rig, client, 10)
+    for _ in range(100):
+        if not maintenance.catch_up.left:
+            break
+        await asyncio.sleep(1)
+    rig.devices[FAILS].script.add(Rule(frozenset({"write"}), Fail(errno.ENOSPC), times=None))
+    await together(rig, client, 10)
+    rig.devices[FAILS].script.clear()
+    await client.pool.checkpoint()
+    await client.pool.close()
+
+
+async def _fill(client: Client, rng: Random) -> None:
+    for first in range(0, 1280, 40):
+        await client.write("a", first, 40)
+    for first in range(0, 256, 32):
+        await client.write("b", first, 32)
+    for _ in range(40):
+        await client.write("a", rng.randrange(159) * BLOCK_SECTORS, BLOCK_SECTORS)
+    await client.flush("a")
+
+
+def passes() -> Counter[str]:
+    """How often `everything` comes by each failpoint."""
+
+    async def live() -> Counter[str]:
+        rig = Rig(11, MIXED)
+        with rig.watching():
+            await rig.create()
+            await rig.world.run(everything(rig))
+            rig.end_life(power=False)
+        return rig.reached
+
+    return run(live())
+
+
+def crash_at_failpoint(name: str, nth: int, *, power: bool) -> Counter[str]:
+    """Run `everything` until it comes by a failpoint for the `nth` time, and judge what is left:
+    after two more crashes inside recovery, the first of them at the same place if it is in the way.
+    Returns the events. Raises Violation, naming the case."""
+    try:
+        return run(_crash_at_failpoint(name, nth, power=power))
+    except BaseException as error:
+        error.add_note(f"to repeat: make sim FAILPOINT={name}:{nth}:{'power' if power else 'kill'}")
+        raise
+
+
+async def _crash_at_failpoint(name: str, nth: int, *, power: bool) -> Counter[str]:
+    rig = Rig(11, MIXED)
+    with rig.watching():
+        await rig.create()
+        rig.die_at(name, nth)
+        try:
+            await rig.world.run(everything(rig))
+        except Crash:
+            rig.events[f"died at {name}"] += 1
+        rng = rig.world.rng
+        rng.seed(nth)
+        for again in (name, rng.choice(RECOVERY)):
+            rig.end_life(power=power)
+            rig.die_at(again, 1)
+            try:
+                await rig.world.run(recovered(rig))
+            except Crash:
+                rig.events["crashes_in_recovery"] += 1
+        rig.dies_at = None
+        rig.end_life(power=power)
+        await rig.world.run(recovered(rig))
+        await aftermath(rig)
+    return rig.events
+
+
+#: Failpoints on the way of a recovery.
+RECOVERY = [name for name in failpoints.FAILPOINTS if name.startswith(("recovery", "term", "root"))]
+
 #: Names of the fixed workloads, for commands.
 SCENARIOS: dict[str, tuple[Scenario, Shape]] = {
     "brief": (brief, SMALL),
@@ -158,20 +269,22 @@ async def _crash_at(name: str, nth: int) -> tuple[Counter[str], bool]:
 async def die_and_recover(rig: Rig, *, power: bool) -> None:
     """End this life; recover, crashing inside recovery some times first; judge."""
     rng = rig.world.rng
+    rig.dies_at = None
     fate = rng.choice((None, None, None, "lost", "torn", "kept"))
     for _ in range(RECOVERY_CRASHES):
         rig.end_life(power=power, fate=fate, crash_at=rng.randrange(1, 160))
         try:
-            await rig.world.run(_recovered(rig))
+            await rig.world.run(recovered(rig))
             rig.world.crash_at = None
             return
         except Crash:
             rig.events["crashes_in_recovery"] += 1
     rig.end_life(power=power, fate=fate)
-    await rig.world.run(_recovered(rig))
+    await rig.world.run(recovered(rig))
 
 
-async def _recovered(rig: Rig) -> None:
+async def recovered(rig: Rig) -> None:
+    """Open after a crash, and judge."""
     client = await rig.open()
     rig.events["recoveries"] += 1
     # From here on the crash of this life may come while the result is being judged.
@@ -191,7 +304,7 @@ async def aftermath(rig: Rig) -> None:
     assert rig.client is not None
     await rig.world.run(rig.client.pool.close())
     rig.end_life(power=False)
-    await rig.world.run(_recovered(rig))
+    await rig.world.run(recovered(rig))
 
 
 async def _work_on(rig: Rig, client: Client) -> None:

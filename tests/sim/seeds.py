@@ -20,11 +20,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
+from typing import Any
 
 from backends.fault_script import OPERATIONS, READS, WRITES, Fail, Rule, Vanish
-from pool import failpoints
 from pool.errors import PoolError
 
 from .actors import Stage, cable, mischief, operator, user
@@ -56,10 +56,11 @@ class Result:
     events: Counter[str] = field(compare=False)
 
 
-def run_seed(seed: int) -> Result:
-    """Live through one seed. Raises Violation (or whatever else broke), naming the seed."""
+def run_seed(seed: int, **fixed: Any) -> Result:
+    """Live through one seed, with some options `fixed` instead of drawn. Raises Violation (or
+    whatever else broke), naming the seed."""
     try:
-        return run(_Run(seed).live())
+        return run(_Run(seed, **fixed).live())
     except BaseException as error:
         error.add_note(f"to repeat: make sim SEED={seed}")
         raise
@@ -68,8 +69,8 @@ def run_seed(seed: int) -> Result:
 class _Run:
     """All lives of one seed."""
 
-    def __init__(self, seed: int) -> None:
-        self.options = draw(seed)
+    def __init__(self, seed: int, **fixed: Any) -> None:
+        self.options = replace(draw(seed), **fixed)
         self.rng = Random(f"life {seed}")
         self.rig = Rig(
             seed, self.options.shape, latency=self.options.latency,
@@ -121,8 +122,7 @@ class _Run:
                 rig.world.crash_at = rig.world.operations + rng.randrange(20, LIFE_OPERATIONS)
                 rig.world.crash_after = rng.random() < 0.5
             case "failpoint":
-                name = rng.choice(list(failpoints.FAILPOINTS))
-                rig.dies_at = (name, rng.randint(1, PASSES))
+                rig.die_at(rng.choice(self.options.failpoints), rng.randint(1, PASSES))
 
     async def act(self, targets: list[str]) -> None:
         """All actors at once, until they are done or the world ends."""
@@ -169,6 +169,8 @@ class _Run:
                 self._shelf[name] = rig.world.images[name].copy()
             if self.rng.random() < 0.7:
                 rig.world.scripts[name].clear()
+        away = [name for name in sorted(rig.unlucky) if self.rng.random() < self.options.away]
+        rig.missing = set(away)
 
     # -- beyond the budget -----------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class _Run:
         """One device more than parity fails. What is answered must be right, all else an error; and
         what was flushed, by then or meanwhile, is there once they work again."""
         rig, rng = self.rig, self.rng
-        rig.world.crash_at = None
+        rig.world.crash_at = rig.dies_at = None
         self.stage.beyond = True
         healthy = [name for name in rig.shape.names if name not in rig.unlucky]
         extra = rig.shape.parity + 1 - len(rig.unlucky)
@@ -189,6 +191,7 @@ class _Run:
         await rig.world.run(self.act([]))
         for script in rig.world.scripts.values():
             script.clear()
+        rig.missing = set()
         rig.end_life(power=True)
         self.stage.beyond = False
         client = await rig.open()
@@ -200,6 +203,7 @@ class _Run:
         """Without faults the pool must heal, scrub clean, serve, close, and open as it was."""
         rig = self.rig
         rig.world.crash_at = rig.dies_at = None
+        rig.missing = set()
         for script in rig.world.scripts.values():
             script.clear()
         rig.end_life(power=True)

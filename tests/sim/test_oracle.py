@@ -118,3 +118,12 @@ def test_foreign_bytes_and_refused_writes_are_wrong() -> None:
         oracle.check_recovered("v", written(refused), power_lost=True)
     with pytest.raises(Violation, match="nobody wrote"):
         oracle.check_recovered("v", b"\1" + bytes(8 * SECTOR - 1), power_lost=True)
+
+
+def test_zeros_may_come_from_a_later_zeroing_than_the_first_that_fits() -> None:
+    """Of two that were never answered only the second took effect: the first covers more."""
+    oracle = volume()
+    old = do(oracle, 0, 2)
+    oracle.begin("v", 0, 2, zero=True)
+    second = oracle.begin("v", 0, 1, zero=True)
+    assert oracle.check_recovered("v", written(second, old), power_lost=False) == 0

@@ -91,9 +91,9 @@ class Rig:
     #: Names of devices that a committed root had given up.
     expelled: set[str] = field(init=False, default_factory=set)
     tap: Tap = field(init=False, default_factory=Tap)
-    #: The failpoint at which this life ends, and at which time it is reached (from 1).
+    #: The failpoint at which this life ends, and at which time it is reached, over all lives.
     dies_at: tuple[str, int] | None = field(init=False, default=None)
-    #: How often each failpoint was reached in this life.
+    #: How often each failpoint was reached, over all lives.
     reached: Counter[str] = field(init=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -178,8 +178,6 @@ class Rig:
             self.events["kills"] += 1
         self.tap.state = None
         self.server = None
-        self.events.update({f"at {name}": count for name, count in self.reached.items()})
-        self.reached.clear()
         self.devices = self.world.reopen(crash_at=crash_at)
 
     def note_counters(self) -> None:
@@ -208,8 +206,13 @@ class Rig:
             failpoints.install(None)
             logger.propagate = propagate
             logger.removeHandler(handler)
+            self.events.update({f"at {name}": count for name, count in self.reached.items()})
         if handler.bugs:
             raise Violation(f"the NBD server met a bug: {handler.bugs[0]}")
+
+    def die_at(self, name: str, passes: int) -> None:
+        """End this life when that failpoint is reached for the so-manieth time from now."""
+        self.dies_at = (name, self.reached[name] + passes)
 
     def _failpoint(self, name: str) -> None:
         self.reached[name] += 1

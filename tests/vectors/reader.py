@@ -255,7 +255,10 @@ class Reader:
     def _record(
         self, position: int, version: int, previous: int
     ) -> tuple[int, int, int, int, bytes] | None:
-        """(checksum, flags, payload blocks, version, header) of the record that comes next."""
+        """(checksum, flags, payload blocks, version, header) of the record that comes next: the
+        newest that any replica has there."""
+        best: tuple[int, int, int, int, bytes] | None = None
+        payload: tuple[int, ...] = ()
         for data in self._copies(position):
             if data[:8] != b"SWJOURNL":
                 continue
@@ -265,16 +268,15 @@ class Reader:
             end = 64 + 24 * extents + 4 * blocks
             if end > BLOCK or crc32c(data[:8] + bytes(4) + data[12:end]) != crc:
                 continue
-            if here != position or before != previous or newer <= version:
-                continue
-            crcs = struct.unpack_from(f"<{blocks}I", data, 64 + 24 * extents)
-            try:
-                for i, payload_crc in enumerate(crcs):
-                    self.journal(position + 1 + i, payload_crc)
-            except StopIteration:
-                return None
-            return crc, flags, blocks, newer, data
-        return None
+            if here == position and before == previous and newer > (best[3] if best else version):
+                best = crc, flags, blocks, newer, data
+                payload = struct.unpack_from(f"<{blocks}I", data, 64 + 24 * extents)
+        try:
+            for i, payload_crc in enumerate(payload):
+                self.journal(position + 1 + i, payload_crc)
+        except StopIteration:
+            return None
+        return best
 
     def _apply(self, header: bytes) -> None:
         extents, blocks = struct.unpack_from("<II", header, 20)
