@@ -191,7 +191,7 @@ class Checkpoint:
     def _freeze(self) -> _Frozen:
         state, journal = self._state, self._state.journal
         state.settle()
-        for layer in [layer.id for layer in state.catalog.layers.values() if layer.dropped]:
+        for layer in state.dropped_layers():
             found = state.maps.get(layer)
             if found is None or not (found.leaves or found.pointers):
                 # Its last block is gone, and this checkpoint says so.

@@ -174,7 +174,7 @@ class Maintenance:
             total=state.total_stripes(),
             dead=len(state.table.dead()),
             collectable=self._collectable,
-            dropped_layer=any(layer.dropped for layer in state.catalog.layers.values()),
+            dropped_layer=bool(state.dropped_layers()),
             dirty_seconds=self._clock() - self._clean_at if dirty else 0.0,
             waiting_writers=self.writers_waiting > 0,
             starved=self._starved_at == journal.head,
@@ -337,8 +337,8 @@ class Maintenance:
         """Take a part of a deleted volume's map out; the checkpoint forgets the layer when it is
         empty."""
         state = self._state
-        for layer in [layer for layer in state.catalog.layers.values() if layer.dropped]:
-            layer_map = state.maps.get(layer.id)
+        for layer in state.dropped_layers():
+            layer_map = state.maps.get(layer)
             numbers = [] if layer_map is None else list(layer_map.leaves)[:DROP_LEAVES]
             if layer_map is not None and len(numbers) < DROP_LEAVES:
                 paged = (n for n in layer_map.pointers if n not in layer_map.leaves)
@@ -346,7 +346,7 @@ class Maintenance:
             if layer_map is None or not numbers:
                 await self.checkpoint_now()
                 continue
-            while await self._moving.loader.ensure((layer.id, n) for n in numbers):
+            while await self._moving.loader.ensure((layer, n) for n in numbers):
                 pass
             for number in numbers:
                 drop_leaf(state, layer_map, number)

@@ -185,11 +185,14 @@ class Pool:
             raise PoolError(f"there is no volume {name!r} in pool {self.name!r}")
         # No new client finds it; connected ones go on until the change cannot be lost any more.
         del self._volumes[name]
+        layer = self._state.catalog.volumes[name].layer
+        self._state.leaving.add(layer)
         reached("delete_after_hiding_before_journal")
         async with self._changing:
             await self.engine.change_catalog({"do": "delete", "name": name})
         reached("delete_after_flush_before_closing")
         volume.closed = True
+        self._state.leaving.discard(layer)
         reached("delete_after_closing_before_space")
         self.engine.kick()
 

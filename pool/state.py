@@ -103,6 +103,8 @@ class State:
     refused: int = 0
     #: Members whose copy of the journal may lack what was synced (`pool.replicas`).
     behind: set[int] = field(default_factory=set)
+    #: Layers of volumes that are being deleted: clients may still read them (R23).
+    leaving: set[int] = field(default_factory=set)
     #: (member, stripe, shard) of objects that nothing refers to any more.
     trash: list[tuple[int, int, int]] = field(default_factory=list)
     #: What an operator should know, by kind.
@@ -161,6 +163,11 @@ class State:
     def forget_places(self) -> None:
         """The members changed: nothing cached about shards is true any more."""
         self.located.clear()
+
+    def dropped_layers(self) -> list[int]:
+        """Layers whose map is to be taken apart: their volumes are gone for everybody (R23)."""
+        layers = self.catalog.layers.values()
+        return [one.id for one in layers if one.dropped and one.id not in self.leaving]
 
     # -- accounting --------------------------------------------------------------------------
 

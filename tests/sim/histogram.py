@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from pool.failpoints import FAILPOINTS
 
 #: What the fixed workloads must go through, and what to call it.
 RARE: Mapping[str, str] = {
@@ -18,13 +20,54 @@ RARE: Mapping[str, str] = {
     "crashes_in_recovery": "crashes inside recovery",
     "lost_unflushed": "acknowledged operations that power loss took, as it may",
 }
+#: What random lives must go through, in as many seeds as a test run has.
+RARE_IN_LIVES: Mapping[str, str] = {
+    **RARE,
+    "deaths_at_failpoints": "deaths at a failpoint",
+    "clean_ends": "clean ends",
+    "old_copies": "devices replaced by old copies of themselves",
+    "rotten": "devices on which bits rot",
+    "bad_blocks": "blocks whose checksum was wrong",
+    "repaired_blocks": "blocks repaired",
+    "reconstructed_blocks": "blocks reconstructed from parity",
+    "caught_up_shards": "shards that a returned device had missed",
+    "scrubbed": "wrong shards found by a scrub",
+    "leaves_loaded": "map leaves paged in",
+    "overtaken_blocks": "blocks overwritten while they were moved",
+    "merge_retries": "read-modify-writes that lost a race",
+    "refused_full": "writes refused by a full pool",
+    "cut_with_requests": "connections cut with requests under way",
+    "resent": "requests sent again",
+    "fua_writes": "writes with FUA",
+    "shut_down": "requests of deleted volumes",
+    "babblers": "strangers that talked nonsense",
+    "objects_deleted": "objects deleted from stores",
+    "beyond": "runs with more faults than parity can bear",
+    "honest_errors": "honest errors then",
+}
+
+
+def table(events: Counter[str], wanted: Mapping[str, str]) -> str:
+    """One line per event."""
+    return "\n".join(f"{events[name]:10d}  {text}" for name, text in wanted.items())
 
 
 def report(title: str, events: Counter[str], wanted: Mapping[str, str] | None = None) -> None:
     """Print the histogram. Raises AssertionError if something wanted never happened."""
     wanted = RARE if wanted is None else wanted
-    print(f"\n{title}")
-    for name, text in wanted.items():
-        print(f"{events[name]:8d}  {text}")
+    print(f"\n{title}\n{table(events, wanted)}")
     missing = [text for name, text in wanted.items() if not events[name]]
     assert not missing, f"{title}: never happened: {', '.join(missing)}"
+
+
+def never_reached(events: Counter[str]) -> list[str]:
+    """Failpoints that nothing came by."""
+    return [name for name in FAILPOINTS if not events[f"at {name}"]]
+
+
+def merged(events: Iterable[Counter[str]]) -> Counter[str]:
+    """All of them together."""
+    total: Counter[str] = Counter()
+    for one in events:
+        total.update(one)
+    return total

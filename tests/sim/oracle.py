@@ -29,12 +29,16 @@ _WORDS = SECTOR // 8
 _STEP = 1e-6
 _BASE = -1
 _FOREIGN = -2
+#: Explanations that are tried, per operation.
+TRIES = 4
 
 Ids = npt.NDArray[np.int64]
 
 
 class Violation(AssertionError):
-    """A promise was broken."""
+    """A promise was broken. `late` is the operation that came too late to explain what is seen."""
+
+    late: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -235,7 +239,7 @@ class _Puzzle:
         promised = [op.flushed or (not power_lost and op.acked < math.inf) for op in self.ops]
         forced = np.array(promised, bool)
         first: Violation | None = None
-        for _ in range(len(self.ops) + 1):
+        for _ in range(TRIES * len(self.ops) + 1):
             self.included = forced.copy()
             self.moment = self.issued.copy()
             self.writer = self._writers()
@@ -243,6 +247,10 @@ class _Puzzle:
                 return self._explanation()
             except Violation as violation:
                 first = first or violation
+                late = violation.late
+            if late is not None and self.zero[late] and (self.writer == late).any():
+                self.barred[late] |= self.writer == late
+                continue
             guesses = np.flatnonzero(self.included & self.zero & ~forced)
             if not len(guesses):
                 break
@@ -319,9 +327,11 @@ class _Puzzle:
         if late.any():
             i = int(np.argmax(late))
             lost = [str(self.ops[a]) for a, b in pairs.T.tolist() if b == i]
-            raise Violation(
+            violation = Violation(
                 f"P3: {self.ops[i]} is seen where it had been overwritten by {lost[-4:]}"
             )
+            violation.late = i
+            raise violation
 
     def _break_circle(self, pairs: Ids) -> None:
         """Bar the zeroings through which order goes in a circle. Raises Violation if none does."""

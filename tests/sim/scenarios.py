@@ -181,6 +181,11 @@ def passes() -> Counter[str]:
     return run(live())
 
 
+def which(count: int) -> list[int]:
+    """At which passes of so many to end: the first three, some between, the last."""
+    return sorted({1, 2, 3, count // 3, 2 * count // 3, count} & set(range(1, count + 1)))
+
+
 def crash_at_failpoint(name: str, nth: int, *, power: bool) -> Counter[str]:
     """Run `everything` until it comes by a failpoint for the `nth` time, and judge what is left:
     after two more crashes inside recovery, the first of them at the same place if it is in the way.
