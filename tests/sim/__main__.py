@@ -95,10 +95,7 @@ def main() -> int:
     events: Counter[str] = Counter()
     failed = done = 0
     print(f"seeds from {options.first} on, {jobs} processes", flush=True)
-    todo = itertools.takewhile(
-        lambda _: time.monotonic() < deadline,
-        cases(options.seeds, options.first, forever=options.forever),
-    )
+    todo = cases(options.seeds, options.first, forever=options.forever)
     with Pool(jobs, maxtasksperchild=200) as workers:
         try:
             for case, found, trouble in workers.imap_unordered(run_case, todo):
@@ -107,6 +104,9 @@ def main() -> int:
                 if trouble:
                     failed += 1
                     print(f"{trouble}FAILED; to repeat: make sim {case}", flush=True)
+                if time.monotonic() > deadline:
+                    workers.terminate()
+                    break
                 if done % PROGRESS == 0:
                     print(f"{done} cases, {events['seeds']} seeds, {failed} failed", flush=True)
         except KeyboardInterrupt:
