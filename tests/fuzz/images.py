@@ -8,6 +8,7 @@ images for the engine, `write_files` puts them where commands find them.
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,16 @@ Images = dict[str, bytearray]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A pool that crashed. `older` is it some time before, `volumes` what it holds now."""
+    """A pool that crashed. `older` is it some time before, `volumes` what it holds now, `history`
+    what it held after each operation since the checkpoint; the last of it is `volumes`."""
 
     images: Images
     older: Images
-    volumes: dict[str, bytes]
+    history: list[dict[str, bytes]]
+
+    @property
+    def volumes(self) -> dict[str, bytes]:
+        return self.history[-1]
 
 
 def copied(images: Images) -> Images:
@@ -89,10 +95,11 @@ async def build(
     pool = await open_pool(media, seed=rng.getrandbits(32))
     await _live(pool, rng, steps // 2)
     await pool.checkpoint()
-    await _fill_journal(pool, rng)
+    history = [await contents(pool)]
+    history += [await contents(pool) async for _ in _fill_journal(pool, rng)]
     if flushed:
         await pool.volume("alpha").flush()
-    sample = Sample(_snapshot(media), older, await contents(pool))
+    sample = Sample(_snapshot(media), older, history)
     await pool.close()
     return sample
 
@@ -128,15 +135,22 @@ def _blocks(rng: random.Random, count: int) -> bytes:
     return b"".join(rng.randbytes(16) * (BLOCK_SIZE // 16) for _ in range(count))
 
 
-async def _fill_journal(pool: Pool, rng: random.Random) -> None:
-    """Every kind of extent behind the last checkpoint, with nobody to pack them."""
+async def _fill_journal(pool: Pool, rng: random.Random) -> AsyncIterator[None]:
+    """Every kind of extent behind the last checkpoint, with nobody to pack them. Yields after each
+    record."""
     assert pool.engine.maintenance is not None
     await pool.engine.maintenance.stop()
     await pool.create_volume("late", MIB)
+    yield
     alpha, late = pool.volume("alpha"), pool.volume("late")
     await late.write(8 * BLOCK_SIZE, memoryview(_blocks(rng, 1)))
+    yield
     await alpha.flush()
     await alpha.trim(2 * BLOCK_SIZE, 2 * BLOCK_SIZE)
+    yield
     await alpha.write(5 * BLOCK_SIZE, memoryview(_blocks(rng, 2)))
+    yield
     await late.write_zeroes(8 * BLOCK_SIZE, BLOCK_SIZE, no_hole=True)
+    yield
     await late.write(0, memoryview(_blocks(rng, 1)))
+    yield

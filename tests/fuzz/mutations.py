@@ -52,13 +52,16 @@ def forge(images: Images, rng: random.Random) -> str:
 
 
 def damage(images: Images, rng: random.Random, older: Images | None = None) -> str:
-    """One to six regions of one structure spoilt, or a whole device."""
+    """Some regions of one structure spoilt, on any devices or on one of them; or a device."""
     if rng.random() < 0.15:
         return _damage_device(images, rng, older)
     regions = Anatomy(images).regions()
     structure = rng.choice(sorted({region.structure for region in regions}))
     candidates = [region for region in regions if region.structure == structure]
-    chosen = rng.sample(candidates, min(rng.randint(1, 6), len(candidates)))
+    if rng.random() < 0.5:
+        device = rng.choice(candidates).device
+        candidates = [region for region in candidates if region.device == device]
+    chosen = rng.sample(candidates, min(rng.choice((1, 2, 6, 30)), len(candidates)))
     return "; ".join(damage_region(images, region, rng, candidates, older) for region in chosen)
 
 
