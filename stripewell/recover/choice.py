@@ -34,10 +34,10 @@ class Candidate:
 
 def candidates(sources: Sequence[Source]) -> list[Candidate]:
     """All roots there are, the newest first. Raises UserError for none, and for several pools."""
-    found: dict[str, Candidate] = {}
+    found: dict[tuple[str, str], Candidate] = {}
     for source in sources:
         for number, block in enumerate(source.superblocks):
-            candidate = found.setdefault(block.digest, Candidate(block))
+            candidate = found.setdefault((block.head.pool, block.digest), Candidate(block))
             candidate.on.append(source)
             if number == 0 or block.head.generation == source.superblocks[0].head.generation:
                 candidate.newest.append(source)
@@ -99,8 +99,14 @@ def plain_list(items: Sequence[str], most: int = 8) -> str:
     return f"{shown}; and {more} more" if more > 0 else shown
 
 
-def unusable(candidate: Candidate, error: Unusable, found: Sequence[Candidate]) -> UserError:
-    """What to say when the chosen root makes no sense."""
-    others = [one for one in found if one is not candidate]
-    remedy = f"choose another with --generation: {_listed(others)}" if others else "bring others"
-    return UserError(f"the root ({candidate}) cannot be used, {plain(str(error))}: {remedy}")
+def unusable(
+    candidate: Candidate, reason: str, found: Sequence[Candidate], missing: Sequence[str] = ()
+) -> UserError:
+    """What to say when the chosen root leads nowhere. `missing`: where absent devices were."""
+    remedies = []
+    if missing:
+        remedies.append(f"bring back the devices last seen at {plain(', '.join(missing))}")
+    if others := [one for one in found if one is not candidate]:
+        remedies.append(f"choose another root with --generation ({_listed(others)})")
+    remedy = ", or ".join(remedies or ["restore what there is in a backup"])
+    return UserError(f"the root ({candidate}) cannot be used, {plain(reason)}: {remedy}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,16 @@ import click
 
 from stripewell.errors import UserError, one_line
 from stripewell.progress import shown
+from stripewell.recover.values import plain
 from stripewell.sizes import format_size
 
 if TYPE_CHECKING:
     from stripewell.recover.remains import Finding, Remains
     from stripewell.recover.sinks import Sink
+    from stripewell.recover.sources import Source
 
 _STREAM = "-"
+_CHANGED = "the pool was written to meanwhile: stop its daemon and try again"
 
 
 @click.command("recover")
@@ -45,8 +49,30 @@ def recover(ctx: click.Context, /, urls: tuple[str, ...], as_json: bool, **optio
     ctx.exit(asyncio.run(_recover(urls, as_json=as_json, **options)))
 
 
-async def _recover(
-    urls: tuple[str, ...],
+async def _recover(urls: tuple[str, ...], **wanted: Any) -> int:
+    """The exit status. A call that hangs in the kernel can only be left behind, and ends with the
+    process: to leave that in the ordinary way would be to wait for it."""
+    from stripewell.recover.sources import open_sources
+
+    sources = await open_sources(urls)
+    try:
+        status = await _work(sources, **wanted)
+    except UserError as error:
+        if not any(source.hangs for source in sources):
+            raise
+        click.echo(f"stripewell: {error}", err=True)
+        status = 1
+    finally:
+        for source in sources:
+            await source.close()
+    if any(source.hangs for source in sources):
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+async def _work(
+    sources: list[Source],
     *,
     volume: str | None,
     target: str | None,
@@ -57,18 +83,14 @@ async def _recover(
     digest: str | None,
     as_json: bool,
 ) -> int:
-    """The exit status."""
-    from stripewell.recover.remains import open_remains
+    from stripewell.recover.remains import assemble
 
-    remains = await open_remains(urls, generation, digest)
-    try:
-        if volume is None or target is None:
-            return await _list(remains, verify=verify, as_json=as_json)
-        return await _restore(
-            remains, volume, target, incomplete=incomplete, force=force, as_json=as_json
-        )
-    finally:
-        await remains.close()
+    remains = await assemble(sources, generation, digest)
+    if volume is None or target is None:
+        return await _list(remains, verify=verify, as_json=as_json)
+    return await _restore(
+        remains, volume, target, incomplete=incomplete, force=force, as_json=as_json
+    )
 
 
 async def _list(remains: Remains, *, verify: bool, as_json: bool) -> int:
@@ -76,9 +98,11 @@ async def _list(remains: Remains, *, verify: bool, as_json: bool) -> int:
 
     findings = []
     for name in sorted(remains.catalog.volumes):
-        with shown(f"read {name}") as progress:
+        with shown(f"read {plain(name)}") as progress:
             found = remains.catalog.volumes[name]
             findings.append(await remains.examine(found, progress, verify=verify))
+    if await remains.changed():
+        remains.problems.add(_CHANGED)
     data, volumes = report.pool_data(remains), [report.volume_data(one) for one in findings]
     text = report.pool_text(data, report.result(remains), volumes)
     click.echo(json.dumps({"pool": data, "volumes": volumes}, indent=2) if as_json else text)
@@ -96,7 +120,7 @@ async def _restore(
     urls = [source.url for source in remains.sources]
     if not incomplete:
         _refuse_gaps(remains)
-        with shown(f"look through {name}") as progress:
+        with shown(f"look through {plain(name)}") as progress:
             _refuse_loss(await remains.examine(volume, progress))
     sink: Sink
     if target == _STREAM:
@@ -104,10 +128,10 @@ async def _restore(
     else:
         sink = open_sink(target, volume.size, urls, force=force)
     try:
-        with shown(f"restore {name}") as progress:
+        with shown(f"restore {plain(name)}") as progress:
             finding = await restore(remains, volume, sink, progress)
         if await remains.changed():
-            raise UserError("the pool was written to meanwhile: stop its daemon and try again")
+            raise UserError(_CHANGED)
         if not incomplete:
             _refuse_loss(finding)
         sink.finish(volume.size)
@@ -131,10 +155,9 @@ def _refuse_loss(finding: Finding) -> None:
     if finding.lost.blocks:
         from stripewell.recover.report import lost_text
 
-        raise UserError(
-            f"volume {finding.volume.name}: {lost_text(finding.lost)}: bring devices back, or "
-            "--incomplete to have zeros in their place"
-        )
+        what = f"volume {plain(finding.volume.name)}: {lost_text(finding.lost)}"
+        remedy = "bring devices back, or --incomplete to have zeros in their place"
+        raise UserError(f"{what}: {remedy}")
 
 
 def _tell(remains: Remains, finding: Finding, target: str, *, as_json: bool) -> int:
@@ -144,7 +167,7 @@ def _tell(remains: Remains, finding: Finding, target: str, *, as_json: bool) -> 
     data, volume = report.pool_data(remains), report.volume_data(finding)
     whole = data["complete"] and not finding.lost.blocks
     line = report.result(remains)
-    text = f"restored {volume['name']} ({format_size(volume['size'])}) to {target}; {line}"
+    text = f"restored {plain(volume['name'])} ({format_size(volume['size'])}) to {target}; {line}"
     if finding.lost.blocks:
         text += f"; {report.lost_text(finding.lost)} and are zeros there"
     both = {"pool": data, "volume": volume, "to": target}

@@ -5,7 +5,6 @@ Called by `command` and `restore`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,9 +20,9 @@ from stripewell.recover.overlay import Changes
 from stripewell.recover.problems import Problems
 from stripewell.recover.ranges import Ranges
 from stripewell.recover.root import BLOCK, Member, Root, parse_root
-from stripewell.recover.sources import Source, find_superblocks, open_sources
+from stripewell.recover.sources import Source, find_superblocks
 from stripewell.recover.stripes import Stripes
-from stripewell.recover.values import Unusable
+from stripewell.recover.values import Unusable, plain
 
 Progress = Callable[[int, int], None]
 
@@ -41,7 +40,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Remains:
-    """A pool as far as its devices tell. Open it with `open_remains`."""
+    """A pool as far as its devices tell; `assemble` makes it."""
 
     sources: list[Source]
     candidates: list[Candidate]
@@ -56,13 +55,9 @@ class Remains:
     chain: Chain
     changes: dict[int, Changes]
 
-    async def close(self) -> None:
-        """Let go of all devices."""
-        await close_sources(self.sources)
-
     def missing(self) -> list[Member]:
         """Members that count and are not there."""
-        return [m for i, m in self.root.members.items() if m.active and i not in self.members]
+        return absent(self.root, self.members)
 
     def rivals(self) -> list[Candidate]:
         """Roots that are as new as the chosen one, or newer."""
@@ -92,7 +87,7 @@ class Remains:
         """The volume of that name. Raises UserError if there is none, or it cannot be read."""
         volume = self.catalog.volumes.get(name)
         if volume is None:
-            names = ", ".join(sorted(self.catalog.volumes)[:20]) or "none"
+            names = plain(", ".join(sorted(self.catalog.volumes)[:20])) or "none"
             raise UserError(f"there is no volume {name!r} (there are: {names})")
         if reason := objection(self.catalog, volume):
             raise UserError(f"volume {name!r} cannot be restored: {reason}")
@@ -129,6 +124,7 @@ class Remains:
             again = Source(source.url, source.backend)
             if not source.hangs:
                 await find_superblocks(again)
+            source.hangs = source.hangs or again.hangs
             newest = [block.digest for block in again.superblocks[:1]]
             if newest and newest != [block.digest for block in source.superblocks[:1]]:
                 return True
@@ -143,27 +139,10 @@ def count(finding: Finding, part: Part) -> None:
         finding.zeros += int(tags[3])
 
 
-async def close_sources(sources: Sequence[Source]) -> None:
-    """Let go of devices."""
-    await asyncio.gather(*(source.close() for source in sources))
-
-
-async def open_remains(
-    urls: Sequence[str], generation: int | None = None, digest: str | None = None
-) -> Remains:
-    """Read all but the leaves and the data. Raises UserError if there is nothing to go on."""
-    sources = await open_sources(urls)
-    try:
-        return await assemble(sources, generation, digest)
-    except BaseException:
-        await close_sources(sources)
-        raise
-
-
 async def assemble(
     sources: list[Source], generation: int | None = None, digest: str | None = None
 ) -> Remains:
-    """The same over sources that are open already; they stay open if it fails."""
+    """Read all but the leaves and the data. Raises UserError if there is nothing to go on."""
     for source in sources:
         if source.newer:
             raise UserError(f"{source.url}: {source.trouble}, or leave this device out")
@@ -173,7 +152,7 @@ async def assemble(
     try:
         root = parse_root(chosen.block.body)
     except Unusable as error:
-        raise unusable(chosen, error, found) from None
+        raise unusable(chosen, str(error), found) from None
     members = attach(root, sources)
     catalog = Catalog(problems)
     stripes = Stripes(root, chosen.block.head.pool, members)
@@ -181,7 +160,9 @@ async def assemble(
     try:
         await checkpoint.load(root)
     except Unusable as error:
-        raise unusable(chosen, Unusable(f"its checkpoint is lost: {error}"), found) from None
+        missing = [one.url for one in absent(root, members)]
+        reason = f"its checkpoint is lost: {error}"
+        raise unusable(chosen, reason, found, missing) from None
     ring = Ring(root.stream, fresh_members(root, chosen, members), members)
     follower = Follower(ring, root.stream, catalog)
     chain = await follower.follow()
@@ -206,6 +187,11 @@ def attach(root: Root, sources: Sequence[Source]) -> dict[int, Source]:
         else:
             found[index] = source
     return found
+
+
+def absent(root: Root, there: dict[int, Source]) -> list[Member]:
+    """Members that count and are not there."""
+    return [member for i, member in root.members.items() if member.active and i not in there]
 
 
 def _newest(source: Source) -> int:

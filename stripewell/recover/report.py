@@ -114,8 +114,9 @@ def result(remains: Remains) -> str:
         return f"not complete: {'; '.join(gaps)}"
     text = "complete: everything that was ever flushed is here"
     if remains.chain.loose:
-        blocks = sum(blocks for _, blocks in remains.chain.loose)
-        text += f", and {len(remains.chain.loose)} records ({blocks} blocks) written after that"
+        records = counted(len(remains.chain.loose), "record")
+        blocks = counted(sum(blocks for _, blocks in remains.chain.loose), "block")
+        text += f"; {records} ({blocks}) of it came after the last flush that is known of"
     return text
 
 
@@ -127,7 +128,8 @@ def pool_text(data: dict[str, Any], line: str, volumes: Sequence[dict[str, Any]]
         f"root      generation {root['generation']}, digest {root['digest'][:8]},"
         f" on {root['devices']} of {root['active']} devices",
         f"journal   from {journal['checkpoint']} to {journal['end']}, known to be flushed up to"
-        f" {journal['durable']}, {journal['records']} records on {journal['copies']} devices",
+        f" {journal['durable']}, {counted(journal['records'], 'record')} on"
+        f" {counted(journal['copies'], 'device')}",
         f"result    {line}",
         "",
         _device_table(data["devices"]),
@@ -177,4 +179,10 @@ def lost_text(lost: Ranges) -> str:
     named = ", ".join(f"{first * BLOCK}-{end * BLOCK - 1}" for first, end in lost.kept[:_NAMED])
     more = len(lost.kept) + lost.more - _NAMED
     tail = f" and {more} more ranges" if more > 0 else ""
-    return f"{lost.blocks} blocks of 4 KiB are lost (bytes {named}{tail})"
+    are = "is" if lost.blocks == 1 else "are"
+    return f"{counted(lost.blocks, 'block')} of 4 KiB {are} lost (bytes {named}{tail})"
+
+
+def counted(number: int, what: str) -> str:
+    """The number and the word, which ends with an s unless it is one."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -137,7 +137,10 @@ def open_sink(
         raise UserError(f"{target} is no file and no disk: name another")
     if mode and _holds_a_pool(path):
         raise UserError(f"{target} is a device of a stripewell pool: name another")
-    return DiskSink(path, size) if stat.S_ISBLK(mode) else FileSink(path)
+    try:
+        return DiskSink(path, size) if stat.S_ISBLK(mode) else FileSink(path)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}: correct the path, or unmount it") from None
 
 
 def _belongs_to(path: Path, sources: Iterable[str]) -> bool:
