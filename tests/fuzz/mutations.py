@@ -52,16 +52,17 @@ def forge(images: Images, rng: random.Random) -> str:
 
 
 def damage(images: Images, rng: random.Random, older: Images | None = None) -> str:
-    """Some regions of one structure spoilt, on any devices or on one of them; or a device."""
+    """Some regions of one or more kinds spoilt, on any devices or on one of them; or a device."""
     if rng.random() < 0.15:
         return _damage_device(images, rng, older)
     regions = Anatomy(images).regions()
-    structure = rng.choice(sorted({region.structure for region in regions}))
-    candidates = [region for region in regions if region.structure == structure]
+    kinds = sorted({region.structure for region in regions})
+    chosen_kinds = rng.sample(kinds, rng.choice((1, 1, 2, 5)))
+    candidates = [region for region in regions if region.structure in chosen_kinds]
     if rng.random() < 0.5:
         device = rng.choice(candidates).device
         candidates = [region for region in candidates if region.device == device]
-    chosen = rng.sample(candidates, min(rng.choice((1, 2, 6, 30)), len(candidates)))
+    chosen = rng.sample(candidates, min(rng.choice((1, 2, 6, 30, 100)), len(candidates)))
     return "; ".join(damage_region(images, region, rng, candidates, older) for region in chosen)
 
 

@@ -14,12 +14,15 @@ from __future__ import annotations
 import random
 import time
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 
 from backends.base import BLOCK_SIZE
 from stripewell.errors import UserError
 from stripewell.recover import report
+from stripewell.recover.choice import Candidate
+from stripewell.recover.journal import Ring
 from stripewell.recover.remains import Remains
 from stripewell.recover.restore import restore
 from tests.fuzz.images import Images, Sample, build, copied
@@ -126,6 +129,51 @@ def _agrees(found: dict[str, tuple[bytes, object]], state: dict[str, bytes]) -> 
             if block not in lost and data[here] != state[name][here]:
                 return False
     return True
+
+
+def _unverified(data: bytes | None, crcs: Sequence[int]) -> list[bytes | None]:
+    """Blocks as they were read."""
+    return [None if data is None else data[i * 4096 : (i + 1) * 4096] for i in range(len(crcs))]
+
+
+async def _first_replica(ring: Ring, position: int, crcs: Sequence[int]) -> list[bytes | None]:
+    """What the first replica has, right or wrong."""
+    return [await ring.copies[0].block(position + i) for i in range(len(crcs))]
+
+
+def _oldest(
+    found: Sequence[Candidate], generation: int | None = None, digest: str | None = None
+) -> Candidate:
+    """The root that lost."""
+    return found[-1]
+
+
+async def _no_parity(*_: object) -> None:
+    """What is not there stays away."""
+
+
+@pytest.mark.parametrize(
+    ("place", "broken"),
+    [
+        ("stripewell.recover.stripes._right_ones", _unverified),
+        ("stripewell.recover.journal.Ring.run", _first_replica),
+        ("stripewell.recover.remains.choose", _oldest),
+        ("stripewell.recover.stripes.Stripes._reconstruct", _no_parity),
+    ],
+    ids=["unverified", "first replica", "oldest root", "no parity"],
+)
+def test_a_recover_that_is_broken_is_caught(
+    place: str, broken: object, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or these tests would prove nothing."""
+    monkeypatch.setattr(place, broken)
+
+    def search() -> None:
+        for seed in range(400):
+            check_damage(samples[seed % len(samples)], seed)
+
+    with pytest.raises(AssertionError):
+        search()
 
 
 #: The first portions belong to the quick checks.
