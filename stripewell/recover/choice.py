@@ -28,7 +28,7 @@ class Candidate:
         return self.block.head.generation
 
     def __str__(self) -> str:
-        where = ", ".join(source.url for source in self.on)
+        where = ", ".join(plain(source.url) for source in self.on)
         return f"generation {self.generation}, digest {self.block.digest[:8]}, on {where}"
 
 
@@ -42,11 +42,13 @@ def candidates(sources: Sequence[Source]) -> list[Candidate]:
             if number == 0 or block.head.generation == source.superblocks[0].head.generation:
                 candidate.newest.append(source)
     if not found:
-        reasons = "; ".join(f"{source.url}: {source.trouble}" for source in sources)
+        reasons = plain_list([f"{plain(one.url)}: {one.trouble}" for one in sources])
         raise UserError(f"none of these holds a pool ({reasons}): check the URLs")
     pools: dict[str, list[str]] = {}
     for candidate in found.values():
-        pools.setdefault(candidate.block.head.pool, []).extend(one.url for one in candidate.on)
+        pools.setdefault(candidate.block.head.pool, []).extend(
+            plain(one.url) for one in candidate.on
+        )
     if len(pools) > 1:
         each = "; ".join(f"{pool[:8]} on {', '.join(urls)}" for pool, urls in pools.items())
         raise UserError(f"these belong to different pools ({each}): name the devices of one")

@@ -25,6 +25,8 @@ from stripewell.recover.stripes import Stripes
 from stripewell.recover.values import Unusable, plain
 
 Progress = Callable[[int, int], None]
+#: Shards that are looked for on a device without a superblock.
+_SAMPLE = 32
 
 
 @dataclass(slots=True)
@@ -54,6 +56,8 @@ class Remains:
     ring: Ring
     chain: Chain
     changes: dict[int, Changes]
+    #: Members without a superblock, known by their stripes.
+    headless: set[int]
 
     def missing(self) -> list[Member]:
         """Members that count and are not there."""
@@ -69,10 +73,11 @@ class Remains:
         found = []
         if rivals := self.rivals():
             found.append(f"the root was chosen by hand; there is another: {rivals[0]}")
-        if (lacking := len(self.missing())) > self.root.parity:
+        lacking = len(self.missing()) + len(self.headless & self.root.active())
+        if lacking > self.root.parity:
             found.append(
-                f"{lacking} devices are missing, more than the {self.root.parity} that may be: "
-                "what was flushed last may be on them"
+                f"{lacking} devices are missing, or have no superblock, more than the "
+                f"{self.root.parity} that may be: what was flushed last may be on them"
             )
         if not self.ring.fresh:
             found.append(
@@ -158,7 +163,9 @@ async def assemble(
     stripes = Stripes(root, chosen.block.head.pool, members)
     checkpoint = Checkpoint(stripes, catalog, problems)
     try:
+        headless = await recognise(root, stripes, sources, members)
         await checkpoint.load(root)
+        headless |= await recognise(root, stripes, sources, members)
     except Unusable as error:
         missing = [one.url for one in absent(root, members)]
         reason = f"its checkpoint is lost: {error}"
@@ -168,7 +175,7 @@ async def assemble(
     chain = await follower.follow()
     return Remains(
         sources, found, chosen, root, members, catalog, problems, checkpoint, stripes, ring, chain,
-        follower.changes,
+        follower.changes, headless,
     )  # fmt: skip
 
 
@@ -189,6 +196,26 @@ def attach(root: Root, sources: Sequence[Source]) -> dict[int, Source]:
     return found
 
 
+async def recognise(
+    root: Root, stripes: Stripes, sources: Sequence[Source], members: dict[int, Source]
+) -> set[int]:
+    """Find out which members devices without a superblock are, by stripes that they have where the
+    table says. Adds them to `members`; their journal is believed only as far as the chain is."""
+    found = set()
+    for source in sources:
+        if source.superblocks or source.backend is None or source in members.values():
+            continue
+        for member in absent(root, members):
+            shards = stripes.some_on(member.index, _SAMPLE)
+            if any([await stripes.has(source, row, number) for row, number in shards]):
+                stripes.adopt(member.index, source)
+                members[member.index] = source
+                source.trouble = "no superblock is left on it, it is known by its stripes"
+                found.add(member.index)
+                break
+    return found
+
+
 def absent(root: Root, there: dict[int, Source]) -> list[Member]:
     """Members that count and are not there."""
     return [member for i, member in root.members.items() if member.active and i not in there]
@@ -204,7 +231,5 @@ def fresh_members(root: Root, chosen: Candidate, members: dict[int, Source]) -> 
     return [
         index
         for index, source in members.items()
-        if any(source is one for one in chosen.on)
-        and root.members[index].active
-        and index not in behind
+        if source in chosen.on and root.members[index].active and index not in behind
     ]

@@ -59,8 +59,8 @@ def pool_data(remains: Remains) -> dict[str, Any]:
 
 
 def _devices(remains: Remains) -> list[dict[str, Any]]:
-    index = {id(source): number for number, source in remains.members.items()}
-    used = [_device(remains, source, index.get(id(source))) for source in remains.sources]
+    index = {source: number for number, source in remains.members.items()}
+    used = [_device(remains, source, index.get(source)) for source in remains.sources]
     missing = [
         {
             "index": member.index,
@@ -77,7 +77,9 @@ def _devices(remains: Remains) -> list[dict[str, Any]]:
 def _device(remains: Remains, source: Source, index: int | None) -> dict[str, Any]:
     if index is None:
         state = "not used"
-    elif any(source is one for one in remains.chosen.on):
+    elif index in remains.headless:
+        state = "no root"
+    elif source in remains.chosen.on:
         state = "used"
     else:
         state = "old"

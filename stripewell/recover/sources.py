@@ -30,7 +30,7 @@ READ_SECONDS = 20.0
 _STORE_ROOTS = ("root-a", "root-b")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Source:
     """A device or store that was named; `backend` is None if it could not be opened."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,7 +73,7 @@ class _Headers:
 class Stripes:
     """All stripes of one root, over the members that are there."""
 
-    def __init__(self, root: Root, pool: str, sources: Mapping[int, Source]) -> None:
+    def __init__(self, root: Root, pool: str, sources: dict[int, Source]) -> None:
         self._slot_blocks = root.slot_blocks
         self._offsets = {index: member.slots_offset for index, member in root.members.items()}
         self._pool = bytes.fromhex(pool)
@@ -84,9 +84,7 @@ class Stripes:
         #: How many slots each member has: none if it is not there.
         self._slots = np.zeros(1 << 16, np.int64)
         for index, source in sources.items():
-            room = source.size - self._offsets[index]
-            slots = 1 << 32 if source.is_store else room // (root.slot_blocks * BLOCK)
-            self._slots[index] = max(slots, 0)
+            self.adopt(index, source)
 
     def load(self, rows: Rows) -> int:
         """Take the table's rows; returns how many of them make no sense and were left out."""
@@ -133,6 +131,34 @@ class Stripes:
         own = there[np.arange(len(rows)), np.minimum(shard, len(numbers) - 1)]
         enough: npt.NDArray[np.bool_] = valid & (own | (there.sum(axis=1) >= rows["data"]))
         return enough
+
+    def adopt(self, index: int, source: Source) -> None:
+        """From now on that source is that member."""
+        self._sources[index] = source
+        room = source.size - self._offsets[index]
+        slots = 1 << 32 if source.is_store else room // (self._slot_blocks * BLOCK)
+        self._slots[index] = max(slots, 0)
+
+    def some_on(self, index: int, most: int) -> list[tuple[Row, int]]:
+        """Stripes that have a shard on a member, and its number: so many of them at most."""
+        ids = self._rows["id"][(self._rows["device"] == index).any(axis=1)][:most]
+        rows = [*self._anchors.values(), *(self.row(int(number)) for number in ids)]
+        found = [
+            (row, number)
+            for row in rows
+            if row is not None
+            for number, (device, _) in enumerate(row.places)
+            if device == index
+        ]
+        return found[:most]
+
+    async def has(self, source: Source, row: Row, number: int) -> bool:
+        """Whether a source has that shard in the place where the member's is."""
+        data = await self._read_from(source, row, number, 0, 1)
+        if data is None:
+            return False
+        magic, *_, pool, stripe, shard, _, _, _, _, _, _, _ = _HEAD.unpack_from(data)
+        return (magic, pool, stripe, shard) == (b"SWSTRIPE", self._pool, row.stripe, number)
 
     async def blocks(
         self, stripe: int, shard: int, first: int, crcs: Sequence[int]
@@ -279,10 +305,13 @@ class Stripes:
 
     async def _read(self, row: Row, number: int, first: int, count: int) -> bytes | None:
         """Blocks of the slot of a shard, header included; None if they cannot be read."""
+        source = self._sources.get(row.places[number][0])
+        return None if source is None else await self._read_from(source, row, number, first, count)
+
+    async def _read_from(
+        self, source: Source, row: Row, number: int, first: int, count: int
+    ) -> bytes | None:
         index, slot = row.places[number]
-        source = self._sources.get(index)
-        if source is None:
-            return None
         if source.is_store:
             name = f"shard-{row.stripe:010x}-{number:02x}"
             return await source.get(name, first * BLOCK, count * BLOCK)

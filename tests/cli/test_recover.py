@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from backends.base import BLOCK_SIZE
+from stripewell import __main__ as main
 from tests.fuzz.anatomy import Anatomy
 from tests.fuzz.images import Sample, build, copied, write_files
+from tests.fuzz.mutations import forge
 from tests.sim.loop import run
 from tests.vectors.test_vectors import images as golden
 from tests.vectors.test_vectors import manifest
@@ -115,7 +117,7 @@ def test_a_loss_is_refused_and_named(
     left = urls[2:]  # more than m are missing
     listed = recover(stripewell, *left)
     assert listed.returncode == 1
-    assert "not complete: 2 devices are missing" in listed.stdout
+    assert "not complete: 2 devices are missing, or have no superblock" in listed.stdout
     assert listed.stdout.count("last seen there") == 2
     line = stripewell.refused("recover", *left, "--volume", "alpha", "--to", "x")
     assert "bring devices back, or --incomplete" in line
@@ -149,7 +151,7 @@ def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, samp
             for at in stripe_blocks:
                 images[region.device][at + 9] ^= 1
     for at in Anatomy(copied(sample.images)).pages:
-        for region in Anatomy(copied(sample.images))._page_regions(at):
+        for region in Anatomy(copied(sample.images)).page_regions(at):
             here = slice(region.offset, region.offset + region.length)
             images[region.device][here] = sample.images[region.device][here]
     urls = write_files(images, stripewell.directory)
@@ -208,3 +210,47 @@ def test_a_device_that_hangs_is_left_behind(stripewell: Stripewell, sample: Samp
         assert "it did not answer for 1 s" in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 40
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_forged_devices_never_surprise_the_command(
+    seed: int,
+    sample: Sample,
+    stripewell: Stripewell,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A report, or one line; and every volume that is listed restores, or is refused in a line."""
+    images = copied(sample.images)
+    what = forge(images, random.Random(f"command {seed}"))
+    urls = write_files(images, stripewell.directory)
+    before = state_of(stripewell.directory)
+    status = main.run(["recover", *urls, "--json"])
+    out, err = capfd.readouterr()
+    assert status in (0, 1), what
+    assert one_line_or_none(err), what
+    for volume in json.loads(out)["volumes"] if out else []:
+        target = stripewell.directory.parent / "restored"
+        given = ["--volume", volume["name"], "--to", str(target), "--incomplete", "--force"]
+        assert main.run(["recover", *urls, *given]) in (0, 1), what
+        assert one_line_or_none(capfd.readouterr().err), what
+    assert main.run(["recover", *urls]) == status
+    assert capfd.readouterr().out.replace("\n", "").isprintable()
+    assert state_of(stripewell.directory) == before
+
+
+def one_line_or_none(text: str) -> bool:
+    return not text or (text.startswith("stripewell: ") and text.count("\n") == 1)
+
+
+def test_a_pool_that_is_being_served_can_be_read(stripewell: Stripewell) -> None:
+    """No lock is taken, and none is in the way."""
+    stripewell.create()
+    stripewell.serve()
+    stripewell.ok("volume", "create", "tank/vm1", "--size", "8M")
+    urls = [url.partition("?")[0] for url in stripewell.devices(3)]
+    data = stripewell.json("recover", *urls)
+    assert [(one["name"], one["size"]) for one in data["volumes"]] == [("vm1", 8 << 20)]
+    assert data["pool"]["name"] == "tank"
+    stripewell.ok("recover", *urls, "--volume", "vm1", "--to", "vm1.raw")
+    assert (stripewell.directory / "vm1.raw").read_bytes() == bytes(8 << 20)
+    assert stripewell.json("pool", "status", "tank")["state"] == "healthy"

@@ -96,7 +96,7 @@ class Anatomy:
         return [
             *self._superblock_regions(),
             *self._stripe_regions(),
-            *(region for at in self.pages for region in self._page_regions(at)),
+            *(region for at in self.pages for region in self.page_regions(at)),
             *self._journal_regions(),
         ]
 
@@ -115,7 +115,7 @@ class Anatomy:
                     yield Region("stripe header", device, offset, header)
                     yield Region("shard", device, offset + header, stripe.shape.shard_bytes)
 
-    def _page_regions(self, at: PageAt) -> Iterator[Region]:
+    def page_regions(self, at: PageAt) -> Iterator[Region]:
         names = {1: "leaf page", 2: "directory page", 3: "table page", 4: "top page"}
         stripe = self.stripes[at.pointer.stripe]
         size = stripe.shape.shard_bytes

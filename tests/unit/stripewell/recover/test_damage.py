@@ -294,6 +294,36 @@ def test_a_device_that_was_copied_to_a_larger_one_is_known(sample: Sample) -> No
     run(scenario())
 
 
+def test_a_device_without_a_superblock_is_known_by_its_stripes(sample: Sample) -> None:
+    """What a partitioning tool leaves: both ends overwritten. Its shards still count, and its
+    journal as far as the chain proves it."""
+    ends = 128 << 10
+
+    def beheaded(names: str) -> Images:
+        images = copied(sample.images)
+        for name in names:
+            images[name][:ends] = bytes(ends)
+            images[name][-ends:] = bytes(ends)
+        return images
+
+    async def one(name: str) -> None:
+        remains = await examine(beheaded(name))
+        assert remains.headless == {"abcd".index(name)}
+        assert remains.gaps() == []
+        assert await everything(remains) == sample.volumes
+
+    async def two(names: str) -> None:
+        remains = await examine(beheaded(names))
+        assert len(remains.headless) == 2
+        assert "2 devices are missing, or have no superblock" in remains.gaps()[0]
+        assert await everything(remains) == sample.volumes
+
+    for name in sample.images:
+        run(one(name))
+    for names in ("ab", "cd", "ad"):
+        run(two(names))
+
+
 def test_a_device_that_was_cut_is_used_as_far_as_it_goes(sample: Sample) -> None:
     images = copied(sample.images)
     del images["c"][len(images["c"]) // 2 :]
