@@ -223,10 +223,10 @@ class Anatomy:
         whole += struct.pack("<I", crc32c(whole))
         self.images[copy.device][copy.offset : copy.offset + HEAD_BYTES] = whole
 
-    def write_root(self, root: object, *, only: str | None = None) -> None:
-        """A root in place of the newest one, on one device or on all. Raises ValueError if it does
-        not fit."""
-        body = json.dumps(root, sort_keys=True, separators=(",", ":")).encode()
+    def write_root(self, root: Any, *, only: str | None = None) -> None:
+        """A root, or the bytes of one, in place of the newest, on one device or on all. Raises
+        ValueError if it does not fit."""
+        body = root if isinstance(root, bytes) else superblock.encode_root(root)
         for copy in self.newest:
             if only not in (None, copy.device):
                 continue

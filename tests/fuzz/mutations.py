@@ -225,12 +225,11 @@ def forge_one_root(images: Images, rng: random.Random) -> str:
 def forge_nesting(images: Images, rng: random.Random) -> str:
     """A root that no parser can follow, or that is no object."""
     anatomy = Anatomy(images)
-    deep: Any = []
-    for _ in range(rng.choice((10, 500))):
-        deep = [deep]
-    anatomy.root[rng.choice(sorted(anatomy.root))] = deep
-    anatomy.write_root(rng.choice((anatomy.root, deep)))
-    return "root: deep nesting"
+    depth = rng.choice((10, 500, 20_000))
+    deep = b"[" * depth + b"]" * depth
+    generation = b'"generation":%d' % anatomy.root["generation"]
+    anatomy.write_root(rng.choice((deep, b"{%b,%b:%b}" % (generation, b'"name"', deep))))
+    return f"root: lists {depth} deep"
 
 
 def forge_top(images: Images, rng: random.Random) -> str:
