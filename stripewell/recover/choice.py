@@ -70,7 +70,7 @@ def choose(
     rivals = [one for one in wanted if one.generation == wanted[0].generation]
     if len(rivals) == 1:
         return rivals[0]
-    committed = [one for one in rivals if _is_committed(one)]
+    committed = [one for one in rivals if is_committed(one)]
     if len(committed) == 1:
         return committed[0]
     raise UserError(
@@ -79,7 +79,7 @@ def choose(
     )
 
 
-def _is_committed(candidate: Candidate) -> bool:
+def is_committed(candidate: Candidate) -> bool:
     """Whether a root is on a quorum of the members that it counts."""
     try:
         root = parse_root(candidate.block.body)

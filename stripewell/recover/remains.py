@@ -13,7 +13,7 @@ import numpy as np
 from stripewell.errors import UserError
 from stripewell.recover.catalog import Catalog, Volume, objection
 from stripewell.recover.checkpoint import Checkpoint
-from stripewell.recover.choice import Candidate, candidates, choose, unusable
+from stripewell.recover.choice import Candidate, candidates, choose, is_committed, unusable
 from stripewell.recover.content import Content, Part
 from stripewell.recover.journal import Chain, Follower, Ring
 from stripewell.recover.overlay import Changes
@@ -64,9 +64,11 @@ class Remains:
         return absent(self.root, self.members)
 
     def rivals(self) -> list[Candidate]:
-        """Roots that are as new as the chosen one, or newer."""
-        newest = self.chosen.generation
-        return [c for c in self.candidates if c is not self.chosen and c.generation >= newest]
+        """Roots that may count instead: newer ones, and as new ones unless the chosen one is on
+        its quorum."""
+        chosen = self.chosen
+        least = chosen.generation + is_committed(chosen)
+        return [c for c in self.candidates if c is not chosen and c.generation >= least]
 
     def gaps(self) -> list[str]:
         """Why this may not be all that was ever flushed; nothing if it is."""

@@ -156,6 +156,7 @@ def test_a_root_on_its_quorum_beats_a_fork(sample: Sample) -> None:
     async def scenario() -> None:
         remains = await examine(images)
         assert len(remains.chosen.on) == 3
+        assert remains.gaps() == []
         assert await everything(remains) == sample.volumes
 
     run(scenario())
