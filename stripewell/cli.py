@@ -25,6 +25,7 @@ from stripewell.endpoints import NBD_PORT, Address, Endpoints, parse_address, pa
 from stripewell.errors import UserError
 from stripewell.names import split_volume
 from stripewell.progress import shown
+from stripewell.recover.command import recover
 from stripewell.session import reach, served
 from stripewell.sizes import format_size, parse_size
 from stripewell.state import PoolRecord, State, default_directory
@@ -339,3 +340,6 @@ def serve(
     socket = unix or parse_socket(str(state.nbd_socket(name)))
     listen = daemon.Listen(socket, tcp, http)
     daemon.serve(state, record, listen, read_only=read_only)
+
+
+cli.add_command(recover)

@@ -1,0 +1,190 @@
+"""What the command says: as data for --json, and in words. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stripewell.output import table
+from stripewell.recover.ranges import Ranges
+from stripewell.recover.remains import Finding, Remains
+from stripewell.recover.root import BLOCK
+from stripewell.recover.sources import Source
+from stripewell.recover.values import plain
+from stripewell.sizes import format_size
+
+#: Ranges that a line names.
+_NAMED = 5
+
+
+def pool_data(remains: Remains) -> dict[str, Any]:
+    """The pool: which root, which devices, how far the journal goes, and whether that is all."""
+    root, chain = remains.root, remains.chain
+    gaps = remains.gaps()
+    return {
+        "name": root.name,
+        "uuid": remains.chosen.block.head.pool,
+        "data": root.data,
+        "parity": root.parity,
+        "complete": not gaps,
+        "gaps": gaps,
+        "root": {
+            "generation": root.generation,
+            "digest": remains.chosen.block.digest,
+            "devices": len(remains.chosen.newest),
+            "active": len(root.active()),
+        },
+        "others": [
+            {
+                "generation": other.generation,
+                "digest": other.block.digest,
+                "devices": [source.url for source in other.on],
+            }
+            for other in remains.candidates
+            if other is not remains.chosen
+        ],
+        "devices": _devices(remains),
+        "journal": {
+            "checkpoint": root.stream.replay,
+            "durable": chain.durable,
+            "end": chain.end,
+            "copies": len(remains.ring.copies),
+            "records": chain.records,
+            "unflushed_records": len(chain.loose),
+            "unflushed_blocks": sum(blocks for _, blocks in chain.loose),
+        },
+        "problems": remains.problems.lines,
+        "more_problems": remains.problems.more,
+    }
+
+
+def _devices(remains: Remains) -> list[dict[str, Any]]:
+    index = {source: number for number, source in remains.members.items()}
+    used = [_device(remains, source, index.get(source)) for source in remains.sources]
+    missing = [
+        {
+            "index": member.index,
+            "state": "missing",
+            "generation": None,
+            "url": member.url,
+            "why": "last seen there",
+        }
+        for member in remains.missing()
+    ]
+    return used + missing
+
+
+def _device(remains: Remains, source: Source, index: int | None) -> dict[str, Any]:
+    if index is None:
+        state = "not used"
+    elif index in remains.headless:
+        state = "no root"
+    elif source in remains.chosen.on:
+        state = "used"
+    else:
+        state = "old"
+    newest = source.superblocks[0].head.generation if source.superblocks else None
+    return {
+        "index": index,
+        "state": state,
+        "generation": newest,
+        "url": source.url,
+        "why": source.trouble,
+    }
+
+
+def volume_data(finding: Finding) -> dict[str, Any]:
+    """One volume, in bytes; ranges of lost blocks as [offset, length]."""
+    lost = finding.lost
+    return {
+        "name": finding.volume.name,
+        "size": finding.volume.size,
+        "data_bytes": finding.data * BLOCK,
+        "zero_bytes": finding.zeros * BLOCK,
+        "restorable": "no" if finding.objection else "in part" if lost.blocks else "yes",
+        "why": finding.objection,
+        "lost_blocks": lost.blocks,
+        "lost": [[first * BLOCK, (end - first) * BLOCK] for first, end in lost.kept],
+        "more_lost_ranges": lost.more,
+    }
+
+
+def result(remains: Remains) -> str:
+    """Up to which flush it goes, in one line."""
+    gaps = remains.gaps()
+    if gaps:
+        return f"not complete: {'; '.join(gaps)}"
+    text = "complete: everything that was ever flushed is here"
+    if remains.chain.loose:
+        records = counted(len(remains.chain.loose), "record")
+        blocks = counted(sum(blocks for _, blocks in remains.chain.loose), "block")
+        text += f"; {records} ({blocks}) of it came after the last flush that is known of"
+    return text
+
+
+def pool_text(data: dict[str, Any], line: str, volumes: Sequence[dict[str, Any]]) -> str:
+    """The whole report for reading."""
+    root, journal = data["root"], data["journal"]
+    lines = [
+        f"pool      {plain(data['name'])} ({data['uuid']})",
+        f"root      generation {root['generation']}, digest {root['digest'][:8]},"
+        f" on {root['devices']} of {root['active']} devices",
+        f"journal   from {journal['checkpoint']} to {journal['end']}, known to be flushed up to"
+        f" {journal['durable']}, {counted(journal['records'], 'record')} on"
+        f" {counted(journal['copies'], 'device')}",
+        f"result    {line}",
+        "",
+        _device_table(data["devices"]),
+        "",
+        _volume_table(volumes) if volumes else "no volumes",
+    ]
+    problems = [*data["problems"]]
+    if data["more_problems"]:
+        problems.append(f"{data['more_problems']} more of that kind")
+    problems += [
+        f"volume {plain(volume['name'])}: {volume['why']}" for volume in volumes if volume["why"]
+    ]
+    if problems:
+        lines += ["", *(f"problem: {problem}" for problem in problems)]
+    return "\n".join(lines)
+
+
+def _device_table(devices: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [
+            "-" if one["index"] is None else str(one["index"]),
+            one["state"],
+            "-" if one["generation"] is None else str(one["generation"]),
+            plain(one["url"]) + (f" ({plain(one['why'])})" if one["why"] else ""),
+        ]
+        for one in devices
+    ]
+    return table(["DEVICE", "STATE", "GENERATION", "URL"], rows)
+
+
+def _volume_table(volumes: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [
+            plain(volume["name"]),
+            format_size(volume["size"]),
+            format_size(volume["data_bytes"]),
+            str(volume["lost_blocks"]),
+            volume["restorable"],
+        ]
+        for volume in volumes
+    ]
+    return table(["VOLUME", "SIZE", "DATA", "LOST BLOCKS", "RESTORABLE"], rows)
+
+
+def lost_text(lost: Ranges) -> str:
+    """How many blocks are lost, and where the first of them are."""
+    named = ", ".join(f"{first * BLOCK}-{end * BLOCK - 1}" for first, end in lost.kept[:_NAMED])
+    more = len(lost.kept) + lost.more - _NAMED
+    tail = f" and {more} more ranges" if more > 0 else ""
+    are = "is" if lost.blocks == 1 else "are"
+    return f"{counted(lost.blocks, 'block')} of 4 KiB {are} lost (bytes {named}{tail})"
+
+
+def counted(number: int, what: str) -> str:
+    """The number and the word, which ends with an s unless it is one."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,156 @@
+"""The devices, opened for reading only, and the superblocks on them.
+
+A read never raises: what cannot be read is None, and the source keeps what its first error said.
+One that once did not answer in time is not asked again. Called by `remains`, `stripes` and
+`journal`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from backends.base import Device, DeviceError, ObjectStore
+from backends.open import open_backend
+from stripewell.recover.root import BLOCK
+from stripewell.recover.superblock import (
+    HEAD_BYTES,
+    ROOT_SIZES,
+    Head,
+    Newer,
+    Superblock,
+    parse_body,
+    parse_head,
+)
+
+#: A read that takes longer is given up, and its device with it.
+READ_SECONDS = 20.0
+_STORE_ROOTS = ("root-a", "root-b")
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """A device or store that was named; `backend` is None if it could not be opened."""
+
+    url: str
+    backend: Device | ObjectStore | None = None
+    #: What is wrong with it; "" as long as nothing is.
+    trouble: str = ""
+    hangs: bool = False
+    #: Something of a newer format is on it.
+    newer: bool = False
+    superblocks: list[Superblock] = field(default_factory=list)
+    #: Bytes of a device, 0 for what is none.
+    size: int = field(init=False, default=0)
+    is_store: bool = field(init=False, default=False)
+    _device: Device | None = field(init=False, default=None)
+    _store: ObjectStore | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backend, Device):
+            self._device, self.size = self.backend, self.backend.size
+        elif self.backend is not None:
+            self._store, self.is_store = self.backend, True
+
+    async def read(self, offset: int, length: int) -> bytes | None:
+        """Bytes of a device, aligned to blocks; None if it does not have them."""
+        if self._device is None or not 0 <= offset <= self.size - length:
+            return None
+        return await self._answer(self._device.read(offset, length))
+
+    async def get(self, name: str, offset: int, length: int) -> bytes | None:
+        """Bytes of an object; None if the store does not have them."""
+        if self._store is None:
+            return None
+        return await self._answer(self._store.get(name, offset, length))
+
+    async def close(self) -> None:
+        """Let go of it; what hangs is left behind."""
+        if self.backend is not None and not self.hangs:
+            await self.backend.close()
+
+    async def _answer(self, reading: Coroutine[Any, Any, bytes]) -> bytes | None:
+        if self.hangs:
+            reading.close()
+            return None
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                return await reading
+        except TimeoutError:
+            self.hangs = True
+            self.trouble = f"it did not answer for {READ_SECONDS:.0f} s"
+        except DeviceError as error:
+            self.trouble = self.trouble or (error.strerror or str(error))
+        return None
+
+
+async def open_sources(urls: Sequence[str]) -> list[Source]:
+    """Open everything that was named and read the superblocks. Changes nothing on them."""
+    sources = await asyncio.gather(*(_open(url) for url in urls))
+    await asyncio.gather(*(find_superblocks(source) for source in sources))
+    return list(sources)
+
+
+async def _open(url: str) -> Source:
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            return Source(url, await open_backend(url, writable=False))
+    except TimeoutError:
+        return Source(url, trouble=f"it did not open within {READ_SECONDS:.0f} s", hangs=True)
+    except DeviceError as error:
+        return Source(url, trouble=error.strerror or str(error))
+
+
+async def find_superblocks(source: Source) -> None:
+    """Fill in the source's superblocks, newest first; one of a newer format is its trouble."""
+    found: dict[str, Superblock] = {}
+    try:
+        blocks = _of_store(source) if source.is_store else _of_device(source)
+        for block in await blocks:
+            found.setdefault(block.digest, block)
+    except Newer as error:
+        source.trouble, source.newer = str(error), True
+        return
+    source.superblocks = sorted(found.values(), key=lambda b: b.head.generation, reverse=True)
+    if source.backend is not None and not found and not source.trouble:
+        source.trouble = "no superblock of a pool is left on it"
+
+
+async def _of_device(source: Source) -> list[Superblock]:
+    places = [at for r in ROOT_SIZES for at in (0, r, source.size - 2 * r, source.size - r)]
+    found, heads = await _at(source, places)
+    # A device that grew, or was copied to a larger one, has its second end in the middle.
+    ends = {(head.size - n * head.root_bytes) // BLOCK * BLOCK for head in heads for n in (1, 2)}
+    further, _ = await _at(source, ends - set(places))
+    return found + further
+
+
+async def _at(source: Source, places: Iterable[int]) -> tuple[list[Superblock], list[Head]]:
+    """Whole superblocks at those places, and all whole heads."""
+    found: list[Superblock] = []
+    heads: list[Head] = []
+    for at in sorted(set(places)):
+        first = await source.read(at, BLOCK)
+        head = parse_head(first) if first is not None else None
+        if head is None:
+            continue
+        heads.append(head)
+        whole = await source.read(at, -(-(HEAD_BYTES + head.length) // BLOCK) * BLOCK)
+        body = (whole or b"")[HEAD_BYTES : HEAD_BYTES + head.length]
+        if (block := parse_body(head, body)) is not None:
+            found.append(block)
+    return found, heads
+
+
+async def _of_store(source: Source) -> list[Superblock]:
+    found = []
+    for name in _STORE_ROOTS:
+        first = await source.get(name, 0, HEAD_BYTES)
+        head = parse_head(first) if first is not None else None
+        body = await source.get(name, HEAD_BYTES, head.length) if head is not None else None
+        if head is not None and body is not None:
+            block = parse_body(head, body)
+            found += [block] if block is not None else []
+    return found

@@ -1,0 +1,256 @@
+"""`stripewell recover` as an operator types it, over files and directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.base import BLOCK_SIZE
+from stripewell import __main__ as main
+from tests.fuzz.anatomy import Anatomy
+from tests.fuzz.images import Sample, build, copied, write_files
+from tests.fuzz.mutations import forge
+from tests.sim.loop import run
+from tests.vectors.test_vectors import images as golden
+from tests.vectors.test_vectors import manifest
+
+from .conftest import Stripewell
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    return run(build(random.Random(1)))
+
+
+@pytest.fixture
+def urls(sample: Sample, stripewell: Stripewell) -> list[str]:
+    return write_files(sample.images, stripewell.directory)
+
+
+def recover(stripewell: Stripewell, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return stripewell("recover", *arguments)
+
+
+def state_of(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of the last change of everything below a directory."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_it_lists_what_there_is_and_changes_nothing(
+    stripewell: Stripewell, urls: list[str], sample: Sample
+) -> None:
+    before = state_of(stripewell.directory)
+    out = stripewell.ok("recover", *urls)
+    assert "complete: everything that was ever flushed is here" in out
+    for name in sample.volumes:
+        assert any(line.startswith(name) and line.endswith("yes") for line in out.splitlines())
+    data = stripewell.json("recover", *urls, "--verify")
+    assert {one["name"]: one["size"] for one in data["volumes"]} == {
+        name: len(content) for name, content in sample.volumes.items()
+    }
+    assert data["pool"]["complete"]
+    assert [device["state"] for device in data["pool"]["devices"]] == ["used"] * 4
+    assert data["pool"]["journal"]["records"] == 6
+    assert state_of(stripewell.directory) == before
+
+
+def test_a_volume_becomes_a_sparse_file(
+    stripewell: Stripewell, urls: list[str], sample: Sample
+) -> None:
+    before = state_of(stripewell.directory)
+    said = stripewell.ok("recover", *urls[1:], "--volume", "beta", "--to", "beta.raw")
+    assert "restored beta" in said
+    path = stripewell.directory / "beta.raw"
+    assert path.read_bytes() == sample.volumes["beta"]
+    assert path.stat().st_blocks * 512 < len(sample.volumes["beta"]) // 2
+    path.unlink()
+    assert state_of(stripewell.directory) == before
+
+
+def test_a_volume_goes_to_stdout(stripewell: Stripewell, urls: list[str], sample: Sample) -> None:
+    command = [sys.executable, "-m", "stripewell", "recover", *urls, "--volume", "alpha"]
+    done = subprocess.run([*command, "--to", "-"], capture_output=True, timeout=60, check=True)
+    assert done.stdout == sample.volumes["alpha"]
+    assert b"restored alpha" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_what_exists_and_what_is_a_device_is_not_overwritten(
+    stripewell: Stripewell, urls: list[str], sample: Sample
+) -> None:
+    (stripewell.directory / "there").write_bytes(b"mine")
+    want = (*urls, "--volume", "alpha", "--to")
+    assert "exists: name another file, or --force" in stripewell.refused("recover", *want, "there")
+    assert "one of the devices" in stripewell.refused("recover", *want, "a.img", "--force")
+    few = (*urls[1:], "--volume", "alpha", "--to")
+    assert "a stripewell pool" in stripewell.refused("recover", *few, "a.img", "--force")
+    assert (stripewell.directory / "there").read_bytes() == b"mine"
+    stripewell.ok("recover", *want, "there", "--force")
+    assert (stripewell.directory / "there").read_bytes() == sample.volumes["alpha"]
+
+
+def test_wrong_questions(stripewell: Stripewell, urls: list[str]) -> None:
+    refused = stripewell.refused
+    assert "belong together" in refused("recover", *urls, "--volume", "alpha", status=2)
+    assert "belong together" in refused("recover", *urls, "--to", "x", status=2)
+    assert "Missing argument" in refused("recover", status=2)
+    line = refused("recover", *urls, "--volume", "nobody", "--to", "x")
+    assert "there is no volume 'nobody' (there are: alpha, beta, late)" in line
+    line = refused("recover", "nothing.img")
+    assert "nothing.img does not exist" in line
+    line = refused("recover", *urls, "--volume", "alpha", "--to", "no/where/x")
+    assert "No such file or directory" in line
+
+
+def test_a_loss_is_refused_and_named(
+    stripewell: Stripewell, urls: list[str], sample: Sample
+) -> None:
+    left = urls[2:]  # more than m are missing
+    listed = recover(stripewell, *left)
+    assert listed.returncode == 1
+    assert "not complete: 2 devices are missing, or have no superblock" in listed.stdout
+    assert listed.stdout.count("last seen there") == 2
+    line = stripewell.refused("recover", *left, "--volume", "alpha", "--to", "x")
+    assert "bring devices back, or --incomplete" in line
+    assert sorted(os.listdir(stripewell.directory)) == [f"{n}.img" for n in "abcd"]
+
+
+def test_incomplete_restores_the_rest_and_says_where_zeros_are(
+    stripewell: Stripewell, urls: list[str], sample: Sample
+) -> None:
+    left = urls[2:]  # more than m are missing
+    wanted = ("--volume", "alpha", "--to", "x", "--incomplete")
+    done = recover(stripewell, *left, *wanted, "--json")
+    assert done.returncode == 1
+    data: dict[str, Any] = json.loads(done.stdout)
+    volume = data["volume"]
+    assert volume["lost_blocks"] == sum(length for _, length in volume["lost"]) // BLOCK_SIZE > 0
+    found = (stripewell.directory / "x").read_bytes()
+    expected = bytearray(sample.history[0]["alpha"])
+    for offset, length in volume["lost"]:
+        assert found[offset : offset + length] == bytes(length)
+        expected[offset : offset + length] = bytes(length)
+    assert found == expected
+
+
+def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, sample: Sample) -> None:
+    """All devices are there, so that only reading finds it out."""
+    images = copied(sample.images)
+    for region in Anatomy(images).regions():
+        if region.structure in ("shard", "stripe header"):
+            stripe_blocks = range(region.offset, region.offset + region.length, BLOCK_SIZE)
+            for at in stripe_blocks:
+                images[region.device][at + 9] ^= 1
+    for at in Anatomy(copied(sample.images)).pages:
+        for region in Anatomy(copied(sample.images)).page_regions(at):
+            here = slice(region.offset, region.offset + region.length)
+            images[region.device][here] = sample.images[region.device][here]
+    urls = write_files(images, stripewell.directory)
+    before = sorted(os.listdir(stripewell.directory))
+    assert "yes" in stripewell.ok("recover", *urls)
+    assert recover(stripewell, *urls, "--verify").returncode == 1
+    line = stripewell.refused("recover", *urls, "--volume", "alpha", "--to", "x")
+    assert "blocks of 4 KiB are lost (bytes " in line
+    assert sorted(os.listdir(stripewell.directory)) == before
+
+
+def test_a_store_is_read_as_well(stripewell: Stripewell) -> None:
+    """P8 with a directory of objects; its files are not touched."""
+    urls = []
+    for member, image in golden("store").items():
+        place = stripewell.directory / member
+        if isinstance(image, bytes):
+            place.write_bytes(image)
+            urls.append(f"file://{place}")
+            continue
+        place.mkdir()
+        for name, data in image.items():
+            (place / name).write_bytes(data)
+        urls.append(f"dir://{place}")
+    before = state_of(stripewell.directory)
+    for missing in range(len(urls)):
+        left = [url for number, url in enumerate(urls) if number != missing]
+        data = stripewell.json("recover", *left, "--verify")
+        assert [one["restorable"] for one in data["volumes"]] == ["yes"]
+    stripewell.ok("recover", *urls, "--volume", "alpha", "--to", "../alpha.raw")
+    restored = stripewell.directory.parent / "alpha.raw"
+    assert restored.stat().st_size == manifest("store")["volumes"]["alpha"]["size"]
+    assert state_of(stripewell.directory) == before
+
+
+def test_a_device_that_hangs_is_left_behind(stripewell: Stripewell, sample: Sample) -> None:
+    """A pipe that nobody writes to stands for it: opening one waits for ever."""
+    urls = write_files(sample.images, stripewell.directory)
+    store = stripewell.directory / "store"
+    store.mkdir()
+    os.mkfifo(store / "root-a")
+    program = (
+        "import sys, stripewell.recover.sources as s; s.READ_SECONDS = 1.0;"
+        "from stripewell.__main__ import run; sys.exit(run(sys.argv[1:]))"
+    )
+    started = time.monotonic()
+    for given, status in ((urls, 0), ([], 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "recover", *given, f"dir://{store}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        assert "it did not answer for 1 s" in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 40
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_forged_devices_never_surprise_the_command(
+    seed: int,
+    sample: Sample,
+    stripewell: Stripewell,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A report, or one line; and every volume that is listed restores, or is refused in a line."""
+    images = copied(sample.images)
+    what = forge(images, random.Random(f"command {seed}"))
+    urls = write_files(images, stripewell.directory)
+    before = state_of(stripewell.directory)
+    status = main.run(["recover", *urls, "--json"])
+    out, err = capfd.readouterr()
+    assert status in (0, 1), what
+    assert one_line_or_none(err), what
+    for volume in json.loads(out)["volumes"] if out else []:
+        target = stripewell.directory.parent / "restored"
+        given = ["--volume", volume["name"], "--to", str(target), "--incomplete", "--force"]
+        assert main.run(["recover", *urls, *given]) in (0, 1), what
+        assert one_line_or_none(capfd.readouterr().err), what
+    assert main.run(["recover", *urls]) == status
+    assert capfd.readouterr().out.replace("\n", "").isprintable()
+    assert state_of(stripewell.directory) == before
+
+
+def one_line_or_none(text: str) -> bool:
+    return not text or (text.startswith("stripewell: ") and text.count("\n") == 1)
+
+
+def test_a_pool_that_is_being_served_can_be_read(stripewell: Stripewell) -> None:
+    """No lock is taken, and none is in the way."""
+    stripewell.create()
+    stripewell.serve()
+    stripewell.ok("volume", "create", "tank/vm1", "--size", "8M")
+    urls = [url.partition("?")[0] for url in stripewell.devices(3)]
+    data = stripewell.json("recover", *urls)
+    assert [(one["name"], one["size"]) for one in data["volumes"]] == [("vm1", 8 << 20)]
+    assert data["pool"]["name"] == "tank"
+    stripewell.ok("recover", *urls, "--volume", "vm1", "--to", "vm1.raw")
+    assert (stripewell.directory / "vm1.raw").read_bytes() == bytes(8 << 20)
+    assert stripewell.json("pool", "status", "tank")["state"] == "healthy"
