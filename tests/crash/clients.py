@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -24,6 +25,8 @@ from tests.sim.oracle import Op, Oracle, identify
 
 SECONDS = 60
 CHUNK = 8 << 20
+#: The oracle's times are microseconds since this: small enough to be told apart as floats.
+EPOCH = time.monotonic_ns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,16 @@ class Life:
         """Add these requests to what the oracle knows of a volume."""
         covered = max((issued for log in self.logs for issued, _ in log.flushes), default=0)
         for request in self.requests:
-            op = Op(request.id, request.first, request.end, request.zero, request.issued)
+            issued = _moment(request.issued)
+            op = Op(request.id, request.first, request.end, request.zero, issued)
             if request.acked is not None:
-                op.acked = request.acked
+                op.acked = _moment(request.acked)
                 op.flushed = request.fua or request.acked < covered
             oracle.volumes[volume].ops.append(op)
+
+
+def _moment(nanoseconds: int) -> float:
+    return (nanoseconds - EPOCH) / 1000
 
 
 def judge(oracle: Oracle, volume: str, data: bytes) -> None:
