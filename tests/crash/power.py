@@ -64,7 +64,7 @@ class PowerDevice:
         self._check()
         # Slow, as disks are: more is outstanding when the power fails.
         covered = [write for write in self._unsynced if write.done]
-        await asyncio.sleep(self._rng.uniform(0, SLOWEST))
+        await asyncio.sleep(self._rng.uniform(0, SLOWEST / 1000))
         await self._inner.sync()
         self._check()
         self._unsynced = [write for write in self._unsynced if write not in covered]

@@ -29,13 +29,12 @@ pytest.importorskip("nbd", reason="needs python3-libnbd")
 
 import nbd
 
-from backends.base import DeviceBusy
-from backends.lock import lock_for_writing
 from pool.failpoints import FAILPOINTS
 from pool.format.geometry import layout
 from tests.cli.conftest import SECONDS, Daemon, Stripewell
 from tests.crash.clients import Clients, judge, read_volume
 from tests.crash.failing import Plan
+from tests.crash.locks import wait_until_free
 from tests.crash.writer import Work
 from tests.sim.oracle import SECTOR, Oracle
 
@@ -106,7 +105,7 @@ class Tank:
         for daemon in self.run.daemons:
             if daemon.process.poll() is None:
                 daemon.kill()
-        self.wait_free()
+        wait_until_free(self.run.directory)
 
     # -- clients and daemons -----------------------------------------------------------------
 
@@ -125,15 +124,7 @@ class Tank:
     def kill(self, daemon: Daemon) -> None:
         """Kill a daemon; its worker follows."""
         daemon.kill()
-        self.wait_free()
-
-    def wait_free(self) -> None:
-        """Return when no process can write to the devices any more (R22)."""
-        deadline = time.monotonic() + 10
-        for path in [*self.run.directory.glob("[dm][0-9]"), *self.run.directory.glob("*/~lock")]:
-            while is_locked(path):
-                assert time.monotonic() < deadline, f"{path} is still locked"
-                time.sleep(0.01)
+        wait_until_free(self.run.directory)
 
     def serve(self, plan: Plan, pool: str = "tank") -> Daemon:
         return self.run.serve(pool, program=plan.command())
@@ -145,7 +136,7 @@ class Tank:
         except subprocess.TimeoutExpired:
             pytest.fail(f"{what} was not reached")
         assert status == -signal.SIGKILL, daemon.process.communicate()[1]
-        self.wait_free()
+        wait_until_free(self.run.directory)
         self.happened["kills"] += 1
 
     # -- judging -----------------------------------------------------------------------------
@@ -181,15 +172,6 @@ class Tank:
 def json_of(run: Stripewell, *arguments: str) -> Any:
     """What a command prints, whether it found faults or not."""
     return json.loads(run(*arguments, "--json").stdout)
-
-
-def is_locked(path: Path) -> bool:
-    with open(path, "r+b") as file:
-        try:
-            lock_for_writing(file.fileno(), str(path))
-        except DeviceBusy:
-            return True
-    return False
 
 
 # -- what leads to a failpoint ---------------------------------------------------------------

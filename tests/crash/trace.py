@@ -30,8 +30,8 @@ from backends.url import parse_url
 
 SECTOR = 512
 BLOCK = 4096
-#: Seconds that a sync may take longer than the file system needs: more is outstanding then.
-SLOWEST = 0.02
+#: Milliseconds that a sync may take longer than the file system needs: more is outstanding then.
+SLOWEST = 20
 
 #: Kind, number of the write or sync in its file, time, offset and length of what was written.
 NOTE = struct.Struct("<BQQQQ")
@@ -82,13 +82,13 @@ class TracedDevice:
     async def write(self, offset: int, buffers: Sequence[Buffer], *, sync: bool = False) -> None:
         number = self._recorder.begin(WRITE, offset, buffers)
         if sync:
-            await asyncio.sleep(self._rng.uniform(0, SLOWEST))
+            await asyncio.sleep(self._rng.uniform(0, SLOWEST / 1000))
         await self._inner.write(offset, buffers, sync=sync)
         self._recorder.end(DURABLE if sync else WRITTEN, number)
 
     async def sync(self) -> None:
         number = self._recorder.begin(SYNCING)
-        await asyncio.sleep(self._rng.uniform(0, SLOWEST))
+        await asyncio.sleep(self._rng.uniform(0, SLOWEST / 1000))
         await self._inner.sync()
         self._recorder.end(SYNCED, number)
 
@@ -158,12 +158,12 @@ class Disk:
         """Take the notes of processes that are dead now."""
         notes = [n for p in folder.glob(f"{self.path.name}.*") for n in read_notes(p)]
         self._follow(sorted(notes, key=lambda note: note.time))
-        with open(self.path, "rb") as file:
-            for write in self._writes:
-                if write.over is None:
-                    # The kernel has some of it, and will sync that for whoever syncs next.
+        for write in self._writes:
+            if write.over is None:
+                # The kernel has some of it, and will sync that for whoever syncs next.
+                with open(self.path, "rb") as file:
                     write.data = os.pread(file.fileno(), len(write.data), write.offset)
-                    write.over = time.monotonic_ns()
+                write.over = time.monotonic_ns()
         self._shorten()
 
     def _follow(self, notes: Sequence[Note]) -> None:
@@ -200,6 +200,8 @@ class Disk:
     def lose(self, rng: Random) -> Counter[str]:
         """The power fails: decide each unsynced write's fate. Returns how often which."""
         fates: Counter[str] = Counter()
+        if not self._writes:
+            return fates  # nobody wrote; the file may even be away
         bias = rng.choice((0.1, 0.5, 0.9))
         with open(self._image, "r+b") as image, open(self.path, "r+b") as file:
             for write in self._writes:
