@@ -112,8 +112,9 @@ class Stripewell:
         readable, _, _ = select.select([process.stdout], [], [], SECONDS)
         daemon.ready = process.stdout.readline() if readable else ""
         if not daemon.ready:
-            daemon.kill()
-            pytest.fail(f"the daemon was not ready: status {process.returncode}")
+            process.kill()
+            _, said = process.communicate(timeout=SECONDS)
+            pytest.fail(f"the daemon was not ready: status {process.returncode}: {said}")
         return daemon
 
     def start(

@@ -21,14 +21,14 @@ pytest.importorskip("nbd", reason="needs python3-libnbd")
 
 from pool.failpoints import FAILPOINTS
 from tests.cli.conftest import SECONDS, Daemon, Stripewell
-from tests.crash.clients import Clients, read_volume
+from tests.crash.clients import Clients, read_volume, write_and_flush
 from tests.crash.failing import Plan
 from tests.crash.locks import wait_until_free
 from tests.crash.trace import Power
 from tests.crash.writer import Work
 from tests.sim.oracle import SECTOR, Oracle
 
-ROUNDS = 14
+ROUNDS = 15
 DEVICES = 6
 PARITY = 2
 DEVICE_SIZE = 12 << 20
@@ -36,7 +36,7 @@ VOLUME = 12 << 20
 #: Large enough that a client's write is one record: P3 knows no half of it.
 JOURNAL = 2 << 20
 #: Syncs take up to so many milliseconds, so that more is outstanding.
-SLOW = (("tests.crash.trace.SLOWEST", 60),)
+SLOW = (("tests.crash.trace.SLOWEST", 30),)
 RECOVERY = [name for name in FAILPOINTS if name.startswith(("recovery_", "term_", "root_"))]
 
 
@@ -57,6 +57,8 @@ class Host:
         self.run.ok("pool", "create", "tank", *code, *size, *urls)
         self.run.ok("volume", "create", "tank/vm1", "--size", str(VOLUME))
         self.oracle.add_volume("vm1", VOLUME)
+        self.volumes = {"vm1"}
+        self.replicas: list[int] = []
         self.power = Power(self.run.directory.with_name("traces"), self.paths)
 
     def _plan(self, kill: str = "") -> Plan:
@@ -65,17 +67,36 @@ class Host:
     def serve(self) -> Daemon:
         """A daemon that recovered, and the judgement of what it serves."""
         daemon = self.run.serve(program=self._plan().command())
+        assert {v["name"] for v in self.run.json("volume", "list", "tank")} == self.volumes
         data = read_volume(daemon.socket, "vm1")
         self.happened["lost unflushed"] += self.oracle.check_recovered("vm1", data, power_lost=True)
         return daemon
 
-    def load(self, daemon: Daemon, clients: Clients, seconds: float) -> None:
-        """Clients write until the power fails."""
-        clients.start(Work(daemon.socket, "vm1", depth=8, flush_every=40, whole_zeros=True))
+    def change_volumes(self) -> None:
+        """One goes, one comes; what was answered is synced (R7)."""
+        for name in sorted(self.volumes - {"vm1"}):
+            self.run.ok("volume", "delete", f"tank/{name}")
+        name = f"v{self.happened['volumes changed']}"
+        self.run.ok("volume", "create", f"tank/{name}", "--size", "1M")
+        self.volumes = {"vm1", name}
+        self.happened["volumes changed"] += 1
+
+    def load(
+        self, daemon: Daemon, clients: Clients, seconds: float, *, flushed: bool = False
+    ) -> None:
+        """Clients write until the power fails; or they stop, and it fails when the last flush was
+        just answered."""
+        clients.start(Work(daemon.socket, "vm1", depth=8, flush_every=15, whole_zeros=True))
         time.sleep(seconds)
-        self.happened.update(self.run.json("pool", "status", "tank")["counters"])
-        self.fail(daemon)
+        status = self.run.json("pool", "status", "tank")
+        self.replicas = status["journal"]["replicas"]
+        self.happened.update(status["counters"])
+        if not flushed:
+            daemon.kill()
         life = clients.finish()
+        if flushed:
+            life = life.then(write_and_flush(daemon.socket, "vm1", self.rng))
+        self.fail(daemon)
         assert life.errors == []
         self.happened["written"] += life.acknowledged_sectors * SECTOR
         self.happened["acknowledged"] += len(life.acknowledged)
@@ -99,8 +120,10 @@ class Host:
             self.happened["failed in recovery"] += 1
 
     def take_devices(self) -> list[Path]:
-        """Up to m devices have gone with the power."""
-        taken = self.rng.sample(self.paths, self.rng.randrange(PARITY + 1))
+        """Up to m devices have gone with the power, mostly such that hold the journal."""
+        holders = [self.paths[index] for index in self.replicas]
+        among = holders if self.rng.random() < 0.7 else self.paths
+        taken = self.rng.sample(among, self.rng.choice((1, PARITY, PARITY)))
         for path in taken:
             path.rename(path.with_suffix(".away"))
         self.happened["devices lost"] += len(taken)
@@ -131,8 +154,13 @@ def test_flushed_writes_survive_power_failures(
         for number in range(ROUNDS):
             daemon = host.serve()
             host.wait_caught_up()
-            host.load(daemon, clients, host.rng.uniform(0.3, 0.9))
-            taken = host.take_devices() if number % 2 else []
+            host.change_volumes()
+            if number % 3 == 1:
+                host.fail(daemon)  # with nobody who flushes after it
+                daemon = host.serve()
+            take = bool(number % 3)
+            host.load(daemon, clients, host.rng.uniform(0.0, 0.8), flushed=take)
+            taken = host.take_devices() if take else []
             if number % 3 == 2:
                 host.fail_in_recovery()
             if taken:
@@ -145,6 +173,7 @@ def test_flushed_writes_survive_power_failures(
     host.happened["laps"] = host.happened["written"] // JOURNAL
     names = ["acknowledged", "unflushed", "lost unflushed", "kept", "lost", "torn", "laps"]
     names += ["checkpoints", "collected_stripes", "devices lost", "failed in recovery"]
+    names += ["volumes changed"]
     with capsys.disabled():
         print(f"\n{ROUNDS} power failures:", {name: host.happened[name] for name in names})
     assert min(host.happened[name] for name in names) > 0
