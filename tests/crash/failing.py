@@ -42,7 +42,7 @@ class Plan:
     spare_daemon: bool = False
     #: The directory that receives the records of writes.
     trace: Path | None = None
-    #: ("pool.membership.STRIPE_WINDOW", 4097) and the like.
+    #: ("tests.crash.trace.SLOWEST", 150) and the like.
     constants: tuple[tuple[str, int], ...] = ()
 
     def command(self) -> list[str]:

@@ -346,8 +346,6 @@ LATER: dict[str, int] = {
     "catch_up_after_look": 5,
     "catch_up_after_rebuild": 5,
 }
-#: Stripes for a window of ids are few, or it would take too long to use one up.
-CONSTANTS = {"window_": (("pool.membership.STRIPE_WINDOW", 4097),)}
 
 
 def found(table: dict[str, Any], name: str, default: Any) -> Any:
@@ -389,7 +387,7 @@ def test_killed_at(tank: Tank, name: str, nth: int) -> None:
     way = found(WAYS, name, load)
     if name.startswith("root_") and nth > 1:
         way = load
-    way(tank, Plan(kill=f"{name}:{nth}", constants=found(CONSTANTS, name, ())))
+    way(tank, Plan(kill=f"{name}:{nth}"))
     if way in MIXED:
         tank.judge("mixed", {"vm2"})
     else:
