@@ -142,10 +142,11 @@ class Deployment:
         """The NBD URI of a volume."""
         return f"nbd+unix:///{volume}?socket={self.socket}"
 
-    def serve(self, timeout: float = 60) -> float:
-        """Start the daemon; seconds until it said that it serves. Raises `CommandFailed`."""
+    def serve(self, timeout: float = 60, program: Sequence[str] | None = None) -> float:
+        """Start the daemon, as `program` if given; seconds until it said that it serves. Raises
+        `CommandFailed`."""
         said = self.log.stat().st_size if self.log.exists() else 0
-        command = [*self._command, "--state", str(self.state), "serve", self.pool]
+        command = [*(program or self._command), "--state", str(self.state), "serve", self.pool]
         started = time.monotonic()
         with self.log.open("ab") as log:
             self._daemon = subprocess.Popen(

@@ -31,14 +31,20 @@ class CatchUp:
         #: (member, stripe, shard) still to be looked at.
         self._left: deque[tuple[int, int, int]] = deque()
         self._touched: set[int] = set()
+        #: Members that are being looked at, and those of them that could not be made whole.
+        self._members: set[int] = set()
+        self._unsure: set[int] = set()
 
     def start(self, members: set[int]) -> None:
         """Look at every shard on these members."""
+        self._members = members
         rows = [*self._state.table.stripes(), *self._state.committed.anchors.values()]
         for row in rows:
             for shard, (device, _) in enumerate(row.places):
                 if device in members:
                     self._left.append((device, row.id, shard))
+        if not self._left:
+            self._believe()
 
     @property
     def left(self) -> int:
@@ -70,8 +76,10 @@ class CatchUp:
                     await self._rebuild(member, row, shard)
             except DeviceError:
                 # It is expelled by whoever writes to it next; reads use parity meanwhile.
+                self._unsure.add(member.index)
                 self._state.counters["catch_up_errors"] += 1
             except DataLost as error:
+                self._unsure.add(member.index)
                 self._state.problems["catch_up"] = str(error)
 
     async def _is_there(self, member: Member, row: Stripe, shard: int) -> bool:
@@ -114,7 +122,14 @@ class CatchUp:
                 try:
                     await answer(member.shards.sync(), WRITE_SECONDS, member.url)
                 except DeviceError:
+                    self._unsure.add(index)
                     self._state.counters["catch_up_errors"] += 1
+        self._believe()
+
+    def _believe(self) -> None:
+        """The next root says that these members have everything."""
+        for index in self._members - self._unsure:
+            self._state.members[index].missed = False
 
     def _report(self) -> None:
         problems = self._state.problems

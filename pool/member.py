@@ -47,6 +47,9 @@ class Member:
     reason: str = ""
     #: Its storage ran out of room below its nominal size: no new shards.
     full: bool = False
+    #: It returned and may lack shards that the table places on it; the root says so until it has
+    #: caught up (R24).
+    missed: bool = False
     #: The root slot (0 or 1) that holds the last committed generation; never overwritten.
     committed_slot: int = 0
     errors: int = 0
@@ -74,7 +77,8 @@ class Member:
     def to_json(self) -> dict[str, Any]:
         """The member as the root keeps it."""
         where = self.layout
-        return {
+        missed = {"missed": True} if self.missed else {}
+        return missed | {
             "index": self.index,
             "uuid": self.uuid.hex(),
             "url": self.url,
@@ -103,6 +107,7 @@ class Member:
                 row["index"], bytes.fromhex(row["uuid"]), row["url"], layout,
                 MemberState(row["state"]), FreeSlots(layout.slots), dict(row["labels"]),
                 row["class"] == "journal", reason=row.get("reason", ""),
+                missed=bool(row.get("missed")),
             )  # fmt: skip
         except (KeyError, ValueError, TypeError) as error:
             raise FormatError(f"member in the root is damaged: {error}") from error

@@ -14,7 +14,8 @@ import socket
 import struct
 import subprocess
 import sys
-from typing import Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
 
 from backends.base import Device, ObjectStore
 from pool.errors import PoolStopped
@@ -71,12 +72,15 @@ class ProcessMover:
     """Runs jobs in `python -m pool.worker`, over a socket pair. Jobs may overlap: while one waits
     for its syncs, the next is read and encoded."""
 
+    #: What the worker is, before its arguments.
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "pool.worker")
+
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pool.worker", str(theirs.fileno()), str(os.getpid())],
+                [*self.command, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

@@ -382,7 +382,10 @@ async def _recover(
     else:
         state.behind |= await forgetful(sources, records, chain.durable)
         sources.sort(key=lambda source: source.member in state.behind)
-        missed = returned | state.behind
+        missed = returned | state.behind | {m.index for m in state.active() if m.missed}
+        for index in missed:
+            # Every root says so until it has caught up: a crash must not make it look whole.
+            state.members[index].missed = True
         mark = recovery.ending_mark(backlog, chain)
         if mark is not None and mark.position < committed.replay:
             state.committed = recovery.begin_at(mark, committed)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pytest
 
 SECONDS = 60
 DEVICE_SIZE = "64M"
+PROGRAM = (sys.executable, "-m", "stripewell")
 
 
 @dataclass
@@ -100,10 +101,28 @@ class Stripewell:
         code = ("--data", str(data), "--parity", str(parity))
         self.ok("pool", "create", name, *code, *self.devices(data + parity, prefix))
 
-    def serve(self, name: str = "tank", *arguments: str, state: Path | None = None) -> Daemon:
+    def serve(
+        self, name: str = "tank", *arguments: str, state: Path | None = None,
+        program: Sequence[str] = PROGRAM,
+    ) -> Daemon:  # fmt: skip
         """A daemon that is ready."""
+        daemon = self.start("serve", name, *arguments, state=state, program=program)
+        process = daemon.process
+        assert process.stdout is not None
+        readable, _, _ = select.select([process.stdout], [], [], SECONDS)
+        daemon.ready = process.stdout.readline() if readable else ""
+        if not daemon.ready:
+            process.kill()
+            _, said = process.communicate(timeout=SECONDS)
+            pytest.fail(f"the daemon was not ready: status {process.returncode}: {said}")
+        return daemon
+
+    def start(
+        self, *arguments: str, state: Path | None = None, program: Sequence[str] = PROGRAM
+    ) -> Daemon:
+        """A daemon that may not be ready yet, run by `program`."""
         process = subprocess.Popen(
-            self._command(("serve", name, *arguments), state),
+            self._command(arguments, state, program),
             cwd=self.directory,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -111,16 +130,20 @@ class Stripewell:
         )
         daemon = Daemon(process, "")
         self.daemons.append(daemon)
-        assert process.stdout is not None
-        readable, _, _ = select.select([process.stdout], [], [], SECONDS)
-        daemon.ready = process.stdout.readline() if readable else ""
-        if not daemon.ready:
-            daemon.kill()
-            pytest.fail(f"the daemon was not ready: status {process.returncode}")
         return daemon
 
-    def _command(self, arguments: tuple[str, ...], state: Path | None) -> list[str]:
-        program = [sys.executable, "-m", "stripewell"]
+    def end(self) -> None:
+        """End every daemon."""
+        for daemon in self.daemons:
+            if daemon.process.poll() is None:
+                daemon.kill()
+            for stream in (daemon.process.stdout, daemon.process.stderr):
+                if stream:
+                    stream.close()
+
+    def _command(
+        self, arguments: tuple[str, ...], state: Path | None, program: Sequence[str] = PROGRAM
+    ) -> list[str]:
         return [*program, "--state", str(state or self.state), *arguments]
 
 
@@ -136,12 +159,7 @@ def stripewell(short_path: Path) -> Iterator[Stripewell]:
     (short_path / "devices").mkdir()
     runner = Stripewell(short_path / "state", short_path / "devices")
     yield runner
-    for daemon in runner.daemons:
-        if daemon.process.poll() is None:
-            daemon.kill()
-        for stream in (daemon.process.stdout, daemon.process.stderr):
-            if stream:
-                stream.close()
+    runner.end()
 
 
 def gone(pid: int, seconds: float = 10) -> bool:

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from random import Random
 from types import TracebackType
 
 import nbd
 
-from tests.crash.writer import Log, Request, Work, main
-from tests.sim.oracle import Op, Oracle, identify
+from tests.crash.writer import BLOCK_SECTORS, Log, Request, Work, main
+from tests.sim.oracle import SECTOR, Op, Oracle, identify, stamp
 
 SECONDS = 60
 CHUNK = 8 << 20
+#: The oracle's times are microseconds since this: small enough to be told apart as floats.
+EPOCH = time.monotonic_ns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,10 @@ class Life:
     """What all clients did between two moments at which none was active."""
 
     logs: Sequence[Log]
+
+    def then(self, other: Life) -> Life:
+        """This and another one as one life."""
+        return Life([*self.logs, *other.logs])
 
     @property
     def requests(self) -> list[Request]:
@@ -57,11 +65,16 @@ class Life:
         """Add these requests to what the oracle knows of a volume."""
         covered = max((issued for log in self.logs for issued, _ in log.flushes), default=0)
         for request in self.requests:
-            op = Op(request.id, request.first, request.end, request.zero, request.issued)
+            issued = _moment(request.issued)
+            op = Op(request.id, request.first, request.end, request.zero, issued)
             if request.acked is not None:
-                op.acked = request.acked
+                op.acked = _moment(request.acked)
                 op.flushed = request.fua or request.acked < covered
             oracle.volumes[volume].ops.append(op)
+
+
+def _moment(nanoseconds: int) -> float:
+    return (nanoseconds - EPOCH) / 1000
 
 
 def judge(oracle: Oracle, volume: str, data: bytes) -> None:
@@ -90,6 +103,26 @@ def read_volume(socket: str, export: str) -> bytes:
     parts = [client.pread(min(CHUNK, size - at), at) for at in range(0, size, CHUNK)]
     client.shutdown()
     return b"".join(parts)
+
+
+def write_and_flush(socket: str, export: str, rng: Random) -> Life:
+    """Some writes and a flush, from this process; the caller ends the server at once."""
+    client = nbd.NBD()
+    client.set_export_name(export)
+    client.connect_unix(socket)
+    sectors = client.get_size() // SECTOR
+    log = Log()
+    for _ in range(8):
+        first = rng.randrange(sectors - BLOCK_SECTORS)
+        issued = time.monotonic_ns()
+        request = Request(issued, first, first + BLOCK_SECTORS, False, False, issued)
+        log.requests.append(request)
+        client.pwrite(stamp(request.id, first, request.end), first * SECTOR)
+        request.acked = time.monotonic_ns()
+    issued = time.monotonic_ns()
+    client.flush()
+    log.flushes.append((issued, time.monotonic_ns()))
+    return Life([log])
 
 
 class Clients:

@@ -16,11 +16,7 @@ from dataclasses import dataclass
 from random import Random
 
 from backends.base import Buffer, Device, DeviceGone
-
-SECTOR = 512
-BLOCK = 4096
-#: Seconds that a sync may take longer than the file system needs.
-SLOWEST = 0.02
+from tests.crash.trace import SLOWEST, draw_fate, pieces
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +64,7 @@ class PowerDevice:
         self._check()
         # Slow, as disks are: more is outstanding when the power fails.
         covered = [write for write in self._unsynced if write.done]
-        await asyncio.sleep(self._rng.uniform(0, SLOWEST))
+        await asyncio.sleep(self._rng.uniform(0, SLOWEST / 1000))
         await self._inner.sync()
         self._check()
         self._unsynced = [write for write in self._unsynced if write not in covered]
@@ -103,12 +99,10 @@ class PowerDevice:
             for write in reversed(self._unsynced):
                 os.pwrite(fd, write.old, write.offset)
             for write in self._unsynced:
-                fate = "kept" if rng.random() < bias else rng.choice(("lost", "torn"))
+                fate = draw_fate(rng, bias)
                 fates[fate] += 1
-                unit = len(write.new) if fate == "kept" else rng.choice((SECTOR, BLOCK))
-                for at in range(0, len(write.new), unit):
-                    if fate == "kept" or (fate == "torn" and rng.random() < 0.5):
-                        os.pwrite(fd, write.new[at : at + unit], write.offset + at)
+                for at, piece in pieces(write.new, fate, rng):
+                    os.pwrite(fd, piece, write.offset + at)
         finally:
             os.close(fd)
         self._unsynced.clear()

@@ -57,6 +57,9 @@ class Work:
     export: str
     depth: int = 16
     flush_every: int = 200
+    #: Zero whole blocks only: zeros over parts of blocks are several changes, which a power failure
+    #: may part.
+    whole_zeros: bool = False
 
 
 def main(pipe: Connection, number: int, seed: int) -> None:
@@ -75,20 +78,22 @@ class Writer:
         self._next = (number + 1) << 32
         self._log = Log()
         self._pending = 0
+        self._told = False
 
     def live(self, work: Work) -> Log:
         """Write until the parent says stop or the server dies."""
         self._log, self._pending = Log(), 0
+        self._told = False
         client = nbd.NBD()
         client.set_export_name(work.export)
-        client.connect_unix(work.socket)
-        sectors = client.get_size() // SECTOR
         try:
+            client.connect_unix(work.socket)
+            sectors = client.get_size() // SECTOR
             while not self._pipe.poll():
                 while self._pending < work.depth:
                     self._issue(client, work, sectors)
                 client.poll(POLL_MS)
-            self._pipe.recv()
+            self._hear()
             while self._pending:
                 client.poll(POLL_MS)
             client.shutdown()
@@ -100,19 +105,24 @@ class Writer:
         """The connection is over. By the death of the server, or something is wrong."""
         if not (client.aio_is_dead() or client.aio_is_closed()):
             self._log.errors.append("libnbd refused a request")
-        while not self._pipe.poll(POLL_MS / 1000):
-            pass
+        # The parent may have said stop just before.
+        if not self._told:
+            self._hear()
+
+    def _hear(self) -> None:
+        """Wait for the parent's word to stop."""
         self._pipe.recv()
+        self._told = True
 
     def _issue(self, client: nbd.NBD, work: Work, sectors: int) -> None:
         if self._rng.randrange(work.flush_every) == 0:
             issued = time.monotonic_ns()
             client.aio_flush(lambda error: self._flushed(error, issued))
         else:
-            self._change(client, sectors)
+            self._change(client, work, sectors)
         self._pending += 1
 
-    def _change(self, client: nbd.NBD, sectors: int) -> None:
+    def _change(self, client: nbd.NBD, work: Work, sectors: int) -> None:
         """Write, now and then trim or zero, somewhere. Half of it goes to a sixteenth of the
         volume, so that clients meet."""
         rng = self._rng
@@ -121,7 +131,7 @@ class Writer:
         room = sectors if rng.random() < 0.5 else max(sectors // 16, 2 * LARGEST)
         first = rng.randrange(room - count)
         kind = rng.random()
-        if kind < 0.04 or rng.random() < 0.5:
+        if kind < 0.04 or (kind < 0.06 and work.whole_zeros) or rng.random() < 0.5:
             # A trim forgets whole blocks only; and guests write whole blocks most of the time.
             first -= first % BLOCK_SECTORS
             count = max(BLOCK_SECTORS, count - count % BLOCK_SECTORS)

@@ -6,6 +6,7 @@ it whole again, and only then the other replica is lost (P2, R24).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
@@ -14,6 +15,7 @@ import pytest
 
 from backends.base import BLOCK_SIZE
 from pool import MemberSpec, Pool, PoolSpec, create_pool
+from pool.destage import destage
 from pool.format.location import POSITION_MASK, TAG_JOURNAL, TAG_SHIFT
 from pool.mover import InlineMover
 
@@ -25,6 +27,8 @@ KIB = 1024
 NAMES = ("a", "b", "c")
 #: `a` and `b` hold the journal.
 FORGETS, LATER_LOST = "a", "b"
+#: Holds stripes only.
+SPARE = "c"
 #: Too few for anything to be packed into stripes, which an old copy lacks too.
 BLOCKS = 16
 VOLUME = BLOCKS * BLOCK_SIZE
@@ -222,6 +226,48 @@ def test_live_blocks_that_nobody_has_are_errors_and_reported() -> None:
                     assert found == content(2)[at : at + BLOCK_SIZE]
 
     run(scenario())
+
+
+def test_catching_up_goes_on_after_a_crash() -> None:
+    """An old copy of a device lacks shards; the power fails before it has caught up. The next life
+    must know of it: it is the redundancy with which another device may be lost (P2, R24)."""
+
+    async def scenario() -> None:
+        lives = Lives(1)
+        await lives.start()
+        old = lives.devices[SPARE].snapshot()
+        async with lives.life() as pool:
+            for version in (1, 2, 3):
+                await overwrite(pool, version)
+                await destage(pool.engine.moving, 8, force=True)
+                await pool.checkpoint()
+        lives.devices[SPARE].restore(old)
+        async with lives.life() as pool:
+            assert pool.engine.maintenance is not None
+            assert pool.engine.maintenance.catch_up.left
+        for _ in range(2):
+            async with lives.life() as pool:
+                await caught_up(pool)
+                await check(pool, 3)
+        async with lives.life(without=LATER_LOST) as pool:
+            found = bytearray(VOLUME)
+            await pool.volume("v").read(0, memoryview(found))
+            assert bytes(found) == content(3)
+        async with lives.life() as pool:
+            await caught_up(pool)
+            await pool.checkpoint()
+            assert not any(member.missed for member in pool.engine.state.members.values())
+
+    run(scenario())
+
+
+async def caught_up(pool: Pool) -> None:
+    assert pool.engine.maintenance is not None
+    for _ in range(60):
+        if not pool.engine.maintenance.catch_up.left:
+            return
+        await asyncio.sleep(1)
+    pytest.fail("no end of catching up")
 
 
 async def position_of(pool: Pool, block: int) -> int:
