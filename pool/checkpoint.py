@@ -143,9 +143,18 @@ class Checkpoint:
         self._membership = membership
         #: Rows as the committed table pages have them, to find the pages that changed.
         self.written: npt.NDArray[np.void] | None = None
+        #: Whether one is being written: the table may have stripes of it that nothing names yet.
+        self.running = False
 
     async def write(self) -> None:
         """Write one checkpoint. Raises NoSpace, PoolStopped, DataLost."""
+        self.running = True
+        try:
+            await self._write()
+        finally:
+            self.running = False
+
+    async def _write(self) -> None:
         for _ in range(ATTEMPTS):
             if await self._attempt():
                 self._state.counters["checkpoints"] += 1

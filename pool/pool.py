@@ -11,13 +11,13 @@ from typing import Any
 
 from backends.base import BLOCK_SIZE, Device, DeviceError, ObjectStore
 from pool import recovery
+from pool.check import Report, check_pool
 from pool.engine import Engine
 from pool.errors import FormatError, PoolError, PoolStopped
 from pool.failpoints import reached
 from pool.format.page import Pointer
 from pool.format.record import FLAG_TERM_START, TERM_SHIFT
 from pool.format.superblock import Superblock
-from pool.fsck import check_pool
 from pool.journal import Journal, Replica
 from pool.loader import Loader
 from pool.member import Member, MemberState, read_superblocks
@@ -85,7 +85,7 @@ class Pool:
         state = _state(root, mover, rng, now)
         present, returned = _attach(state, backends, found, root)
         check_enough(root.root, present, writable=not read_only)
-        reader = Reader(state)
+        reader = Reader(state, repair=not read_only)
         loader = Loader(state, reader, leaf_budget)
         for member in state.members.values():
             if member.present and not read_only:
@@ -211,6 +211,10 @@ class Pool:
 
     async def check(self, progress: Progress | None = None) -> list[str]:
         """Verify everything against everything; returns one line per fault."""
+        return (await self.check_report(progress)).lines()
+
+    async def check_report(self, progress: Progress | None = None) -> Report:
+        """As `check`, with all that is known of each fault, remarks, and what was looked at."""
         return await check_pool(self.engine, progress or (lambda done, total: None))
 
     async def scrub(self, progress: Progress | None = None) -> Scrubbed:
@@ -375,8 +379,9 @@ async def _recover(
     if read_only:
         # What was never packed is read from the replicas as they are.
         state.stopped = READ_ONLY
+        durable = min(chain.durable, chain.end)
         replicas = [
-            Replica(s.member, s.device, s.offset, committed.tail, chain.end, chain.end)
+            Replica(s.member, s.device, s.offset, committed.tail, chain.end, durable)
             for s in sources
         ]
     else:
@@ -411,7 +416,7 @@ async def _recover(
         replicas=replicas,
         head=chain.end,
         tail=committed.tail,
-        version=state.term << TERM_SHIFT,
+        version=chain.version if read_only else state.term << TERM_SHIFT,
         previous=chain.previous,
         on_failure=engine.member_failed,
     )

@@ -174,6 +174,11 @@ class StripeTable:
     def live_of(self, stripe: int) -> int:
         return int(self.live[self.rows[stripe]])
 
+    def raw(self, at: int) -> np.void:
+        """The row at an index of `rows`, as a table page has it."""
+        row: np.void = self._data[at]
+        return row
+
     def dead(self) -> list[int]:
         """Ids of stripes without a live block."""
         found: list[int] = self.ids[(self.ids != 0) & (self.live == 0)].tolist()
