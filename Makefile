@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTHON) -m pytest -q -n 2 -m "not slow and not guest" $(wildcard tests/unit tests/contract tests/sim)
+	$(PYTHON) -m pytest -q -n 2 -m "not slow and not guest" $(wildcard tests/unit tests/contract tests/fuzz tests/sim)
 
 test: $(READY)
 	$(PYTHON) -m pytest tests $(PYTEST_ARGS)

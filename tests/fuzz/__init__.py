@@ -1,0 +1,1 @@
+"""Damaged and hostile device images: `images` makes pools, `mutations` spoils them."""
