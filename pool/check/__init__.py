@@ -42,7 +42,7 @@ async def check_pool(engine: Engine, progress: Callable[[int, int], None]) -> Re
     state, report = engine.state, Report()
     reader = Reader(state, repair=False)
     pages = Pages(state, reader, report)
-    await check_superblocks(state, report)
+    await check_superblocks(engine, report)
     await pages.check_top()
     await pages.check_table()
     for layer, chunk in list(state.directories):

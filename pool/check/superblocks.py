@@ -6,11 +6,13 @@ root; what a crash left half written there is a remark until this life has writt
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from backends.base import Device, DeviceError, ObjectStore
 from pool.check.report import Fault, Report, Severity
+from pool.engine import Engine
 from pool.errors import FormatError, PoolError
 from pool.format import superblock
 from pool.format.superblock import Superblock
@@ -19,7 +21,8 @@ from pool.overdue import READ_SECONDS, answer
 from pool.state import State
 
 #: Looks at a member whose root changes under them.
-LOOKS = 16
+LOOKS = 32
+PAUSE_SECONDS = 0.05
 ENDS = ("first", "last")
 
 
@@ -34,19 +37,22 @@ class _Copy:
     why: str = ""
 
 
-async def check_superblocks(state: State, report: Report) -> None:
+async def check_superblocks(engine: Engine, report: Report) -> None:
     """Look at the superblocks of every member that is present."""
-    for member in list(state.members.values()):
+    for member in list(engine.state.members.values()):
         if member.present:
             report.checked.members += 1
-            for fault in await _check_member(state, member, report):
+            for fault in await _check_member(engine, member, report):
                 report.add(fault)
 
 
-async def _check_member(state: State, member: Member, report: Report) -> list[Fault]:
-    """The faults of a member, at a moment when no root was committed."""
-    for _ in range(LOOKS):
-        before = (state.generation, member.committed_slot)
+async def _check_member(engine: Engine, member: Member, report: Report) -> list[Fault]:
+    """The faults of a member, at a moment when no root was being written."""
+    state = engine.state
+    for look in range(LOOKS):
+        if look:
+            await asyncio.sleep(PAUSE_SECONDS)
+        before = (state.generation, engine.membership.committing)
         backend = member.backend
         if backend is None or not member.present:
             return []
@@ -54,7 +60,7 @@ async def _check_member(state: State, member: Member, report: Report) -> list[Fa
             copies = await _copies(member, backend)
         except DeviceError as error:
             return [] if not member.present else [_fault(member, f"cannot be read: {error}")]
-        if before == (state.generation, member.committed_slot):
+        if before == (state.generation, False) and not engine.membership.committing:
             report.checked.superblocks += len(copies)
             return [*_judge(state, member, copies, report)]
     report.remark(f"device {member.index}: roots changed faster than they could be looked at")
