@@ -154,8 +154,8 @@ class Engine:
         self.membership.report(index, error)
 
 
-def apply_change(state: State, change: dict[str, Any]) -> None:
+def apply_change(state: State, change: object) -> None:
     """Apply a catalog change, at run time and in replay. Raises FormatError."""
     state.catalog.apply(change)
-    if change["do"] == "create":
-        state.maps[change["layer"]] = LayerMap(change["layer"])
+    for layer in state.catalog.layers.keys() - state.maps.keys():
+        state.maps[layer] = LayerMap(layer)

@@ -317,6 +317,8 @@ class Reader:
                 row = self._state.row(pointer.stripe)
             except KeyError:
                 raise DataLost(f"page of unknown stripe {pointer.stripe}") from None
+            if not pointer.inside(row.shape.blocks * BLOCK_SIZE):
+                raise DataLost(f"a page is said to be where stripe {pointer.stripe} has none")
             data = await self._stripe_bytes(row, pointer.offset, pointer.length, trusted=True)
             if data is None or checksum(data) != pointer.crc:
                 data = await self._stripe_bytes(row, pointer.offset, pointer.length, trusted=False)

@@ -21,7 +21,8 @@ from pool.format.geometry import (
     MAX_DATA,
     MAX_PARITY,
 )
-from pool.table import DATA, META, NOWHERE
+from pool.state import State
+from pool.table import DATA, META, NOWHERE, Stripe, row_dtype
 
 Rows = npt.NDArray[np.void]
 Mask = npt.NDArray[np.bool_]
@@ -36,6 +37,32 @@ class Limits:
     slot_blocks: int
     #: Ids from here on were never given out (R1).
     next_stripe: int
+
+
+def limits(state: State) -> Limits:
+    """What rows of this pool are held against."""
+    slots = {index: member.layout.slots for index, member in state.members.items()}
+    return Limits(slots, state.slot_blocks, state.next_stripe)
+
+
+def all_rows(state: State) -> Rows:
+    """The table's rows and the anchors, as rows."""
+    anchors = list(state.committed.anchors.values())
+    return np.concatenate([state.table.snapshot(), as_rows(anchors, state.table.width)])
+
+
+def as_rows(stripes: list[Stripe], width: int) -> Rows:
+    """Anchors in the form of the table. Their shards must be at most `width`."""
+    rows = np.zeros(len(stripes), row_dtype(width))
+    rows["device"] = NOWHERE
+    for row, stripe in zip(rows, stripes, strict=True):
+        shape = stripe.shape
+        row["id"], row["kind"] = stripe.id, stripe.kind
+        row["data"], row["parity"] = shape.data, shape.parity
+        row["header"], row["shard"] = shape.header_blocks, shape.shard_blocks
+        for at, (device, slot) in enumerate(stripe.places):
+            row["device"][at], row["slot"][at] = device, slot
+    return rows
 
 
 def bad_rows(rows: Rows, limits: Limits) -> Iterator[tuple[int, str]]:

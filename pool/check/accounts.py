@@ -17,10 +17,10 @@ from backends.base import DeviceError
 from pool.check.report import Fault, Report, Severity
 from pool.engine import Engine
 from pool.overdue import READ_SECONDS, answer
-from pool.rows import Limits, Rows, bad_rows
+from pool.rows import all_rows, bad_rows, limits
 from pool.slots import Slots
 from pool.state import State
-from pool.table import META, NOWHERE, Stripe, row_dtype
+from pool.table import META
 from pool.words import counted
 
 #: Moments at rest that are asked for until no reader holds released slots back.
@@ -38,32 +38,6 @@ async def check_accounts(engine: Engine, report: Report) -> None:
         report.add(fault)
     await _check_slots(engine, report)
     await _check_objects(state, report)
-
-
-def limits(state: State) -> Limits:
-    """What rows of this pool are held against."""
-    slots = {index: member.layout.slots for index, member in state.members.items()}
-    return Limits(slots, state.slot_blocks, state.next_stripe)
-
-
-def all_rows(state: State) -> Rows:
-    """The table's rows and the anchors, as rows."""
-    anchors = list(state.committed.anchors.values())
-    return np.concatenate([state.table.snapshot(), as_rows(anchors, state.table.width)])
-
-
-def as_rows(stripes: list[Stripe], width: int) -> Rows:
-    """Anchors in the form of the table. Their shards must be at most `width`."""
-    rows = np.zeros(len(stripes), row_dtype(width))
-    rows["device"] = NOWHERE
-    for row, stripe in zip(rows, stripes, strict=True):
-        shape = stripe.shape
-        row["id"], row["kind"] = stripe.id, stripe.kind
-        row["data"], row["parity"] = shape.data, shape.parity
-        row["header"], row["shard"] = shape.header_blocks, shape.shard_blocks
-        for at, (device, slot) in enumerate(stripe.places):
-            row["device"][at], row["slot"][at] = device, slot
-    return rows
 
 
 # -- pages in meta stripes -------------------------------------------------------------------

@@ -14,19 +14,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from backends.base import BLOCK_SIZE
 from pool.blockmap import LEAF_BLOCKS, LEAF_MASK, LEAF_SHIFT, LayerMap, Leaf
 from pool.check.claims import U32, U64, JournalClaims, StripeClaims
 from pool.check.pages import Pages, owner
 from pool.check.report import Report
+from pool.entries import split
 from pool.format.location import (
-    BLOCK_MASK,
     JOURNAL,
     POSITION_MASK,
-    SHARD_MASK,
-    SHARD_SHIFT,
-    STRIPE_MASK,
-    STRIPE_SHIFT,
     TAG_JOURNAL,
     TAG_SHIFT,
     TAG_STRIPE,
@@ -106,10 +101,10 @@ class MapCheck:
 
     def _check_range(self, layer: int, blocks: U64) -> None:
         """Nothing is mapped behind the end of the volume."""
-        for volume in self._state.catalog.volumes.values():
-            if volume.layer == layer:
-                end = np.uint64(-(-volume.size // BLOCK_SIZE))
-                self._blame(layer, blocks, blocks >= end, "behind the end of the volume")
+        end = self._state.catalog.blocks(layer)
+        if end is not None:
+            behind = blocks >= np.uint64(end)
+            self._blame(layer, blocks, behind, "behind the end of the volume")
 
     def _check_zeros(self, layer: int, blocks: U64, locations: U64, crcs: U32, tags: U64) -> None:
         wrong = (tags == 0) | ((tags == TAG_ZERO) & ((locations != ZERO) | (crcs != 0)))
@@ -132,9 +127,7 @@ class MapCheck:
                 self._shared.append((position, other, block, layer, again))
 
     def _claim_stripes(self, layer: int, blocks: U64, locations: U64, crcs: U32) -> None:
-        stripes = locations >> np.uint64(STRIPE_SHIFT) & np.uint64(STRIPE_MASK)
-        shards = (locations >> np.uint64(SHARD_SHIFT) & np.uint64(SHARD_MASK)).astype(np.int64)
-        within = (locations & np.uint64(BLOCK_MASK)).astype(np.int64)
+        stripes, shards, within = split(locations)
         table = self._state.table
         for stripe in np.unique(stripes).tolist():
             here = stripes == stripe
@@ -265,7 +258,7 @@ class MapCheck:
                     continue
                 found, locations, crcs = entries(leaf)
                 tagged = locations >> np.uint64(TAG_SHIFT) == TAG_STRIPE
-                stripes = locations >> np.uint64(STRIPE_SHIFT) & np.uint64(STRIPE_MASK)
+                stripes, _, _ = split(locations)
                 for stripe in suspects.intersection(stripes[tagged].tolist()):
                     here = tagged & (stripes == stripe)
                     blocks = found[here] + np.uint64(number * LEAF_BLOCKS)

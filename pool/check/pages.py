@@ -7,7 +7,6 @@ fault only if its pointer is still in use afterwards (R21).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 
@@ -15,9 +14,9 @@ import numpy as np
 
 from pool.blockmap import LEAF_BLOCKS, LayerMap, Leaf
 from pool.check.report import Report
-from pool.checkpoint import DIRECTORY_SHIFT, decode_directory
+from pool.checkpoint import DIRECTORY_MAX, DIRECTORY_SHIFT, decode_directory
 from pool.errors import DataLost, FormatError
-from pool.format import page
+from pool.format import page, top
 from pool.format.page import Page, Pointer
 from pool.reader import Reader
 from pool.state import State
@@ -43,30 +42,28 @@ class Pages:
         """The top page: its parts, and that it says what is in use."""
         state = self._state
         for _ in range(LOOKS):
-            top = state.committed.top
+            pointers = state.committed.top
             parts = [
                 await self._read(partial(_part, state, n), page.KIND_TOP, "top page", n)
-                for n in range(len(top))
+                for n in range(len(pointers))
             ]
-            if state.committed.top != top:
+            if state.committed.top != pointers:
                 continue
             found = [part for part in parts if part is not None]
-            if top and len(found) == len(top):
+            if pointers and len(found) == len(pointers):
                 self._compare_top(b"".join(part.body for part in found))
             return
 
     def _compare_top(self, body: bytes) -> None:
         state = self._state
         try:
-            said = json.loads(body)
-            table = {row[0]: Pointer(*row[1:]) for row in said["table"]}
-            directories = {(row[0], row[1]): Pointer(*row[2:]) for row in said["directories"]}
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            self._wrong("top", f"the top page is damaged: {error!r}")
+            said = top.decode(body, width=state.table.width, directory_max=DIRECTORY_MAX)
+        except FormatError as error:
+            self._wrong("top", f"the top page is damaged: {error}")
             return
-        if table != state.table_pages:
+        if said.table != state.table_pages:
             self._wrong("top", "the top page names other table pages than those in use")
-        if directories != state.directories:
+        if said.directories != state.directories:
             self._wrong("top", "the top page names other directories than those in use")
 
     async def check_table(self) -> None:
@@ -110,7 +107,7 @@ class Pages:
         where = f"directory {chunk} of layer {layer}"
         try:
             said = decode_directory(chunk, found.body)
-        except (FormatError, ValueError) as error:
+        except FormatError as error:
             self._wrong("directory", f"{where} is damaged: {error}", layer=layer)
             return
         first = chunk << DIRECTORY_SHIFT
@@ -242,10 +239,8 @@ class Pages:
 
 def owner(state: State, layer: int) -> str:
     """A layer as people know it: by its volume."""
-    for volume in state.catalog.volumes.values():
-        if volume.layer == layer:
-            return f"volume {volume.name} (layer {layer})"
-    return f"layer {layer}"
+    volume = state.catalog.top_of(layer)
+    return f"layer {layer}" if volume is None else f"volume {volume.name} (layer {layer})"
 
 
 def _table_page(state: State, number: int) -> Pointer | None:
@@ -253,5 +248,5 @@ def _table_page(state: State, number: int) -> Pointer | None:
 
 
 def _part(state: State, number: int) -> Pointer | None:
-    top = state.committed.top
-    return top[number] if number < len(top) else None
+    pointers = state.committed.top
+    return pointers[number] if number < len(pointers) else None

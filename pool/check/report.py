@@ -6,9 +6,11 @@ that a crash may leave behind and the pool mends by itself.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
+
+from pool.words import line
 
 #: More faults than this are counted, not kept.
 FAULTS_MAX = 1000
@@ -72,6 +74,7 @@ class Report:
 
     def add(self, fault: Fault) -> None:
         """Note a fault, once."""
+        fault = replace(fault, text=line(fault.text))
         if len(self.faults) >= FAULTS_MAX:
             self.more += 1
         elif fault not in self.faults[-8:]:
@@ -92,7 +95,7 @@ class Report:
     def remark(self, text: str) -> None:
         """Note something that is no fault."""
         if len(self.remarks) < FAULTS_MAX:
-            self.remarks.append(text)
+            self.remarks.append(line(text))
 
     @property
     def full(self) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
-
 from pool.blockmap import LEAF_MASK, LEAF_SHIFT
 from pool.check.claims import U32, U64
 from pool.check.maps import MapCheck
 from pool.check.pages import Pages, owner
 from pool.check.report import Report
+from pool.entries import split
 from pool.errors import DataLost
 from pool.format.location import BLOCK_MASK, SHARD_MASK, SHARD_SHIFT
 from pool.reader import Reader
@@ -49,8 +48,8 @@ class Suspects:
             await self._compare(stripe, found)
 
     def _note(self, layer: int, stripe: int, blocks: U64, locations: U64, crcs: U32) -> None:
-        shards = (locations >> np.uint64(SHARD_SHIFT) & np.uint64(SHARD_MASK)).astype(np.int64)
-        places = shards * self._width[stripe] + (locations & np.uint64(BLOCK_MASK)).astype(np.int64)
+        _, shards, within = split(locations)
+        places = shards * self._width[stripe] + within
         entries = self._entries[stripe]
         for place, block, crc in zip(places.tolist(), blocks.tolist(), crcs.tolist(), strict=True):
             entries.setdefault(place, []).append((layer, block, crc))

@@ -239,8 +239,8 @@ def test_superblocks_that_say_something_else() -> None:
         changes = [
             ({"pool": bytes(16)}, root, "of another pool"),
             ({"device": bytes(16)}, root, "is of device 1"),
-            ({"index": 3}, root, "is of device 3"),
-            ({"where": wide}, root, "divides the device"),
+            ({"index": 3}, root, "head disagree about the device"),
+            ({"where": wide}, root, "head disagree about the device"),
             ({}, root | {"writer": "0" * 32}, "not the committed one"),
             ({}, root | {"generation": root["generation"] - 1}, "not the committed one"),
         ]
