@@ -210,6 +210,8 @@ class Maintenance:
             except DataLost as error:
                 state.counters["steps_with_lost_data"] += 1
                 state.problems["lost"] = str(error)
+                # Whoever waits for room in the journal may wait for just this.
+                self._give_up_on_space()
                 await self._sleep(1.0)
             except PoolStopped as error:
                 if state.stopped:
