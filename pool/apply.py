@@ -7,7 +7,7 @@ leaves touched must be resident; whoever stages (or replays) sees to that.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from pool.journal import Committed
 from pool.state import State
 
 
-def apply(state: State, committed: list[Committed], catalog: Callable[[Committed], None]) -> None:
+def apply(
+    state: State, committed: Iterable[Committed], catalog: Callable[[Committed], None]
+) -> None:
     """Make a commit visible. Catalog extents go to `catalog`. No await here: atomic."""
     fifo = state.fifo
     maps = state.maps

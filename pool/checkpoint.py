@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.base import BLOCK_SIZE
-from pool.errors import PoolStopped
+from pool.blockmap import LEAF_SHIFT
+from pool.catalog import MAX_SIZE
+from pool.errors import FormatError, PoolStopped
 from pool.failpoints import reached
 from pool.format import page
 from pool.format.page import Pointer
@@ -39,6 +41,8 @@ DIRECTORY_SHIFT = 8
 DIRECTORY_DTYPE = np.dtype(
     [("leaf", "<u4"), ("length", "<u4"), ("stripe", "<u8"), ("offset", "<u4"), ("crc", "<u4")]
 )
+#: The last directory of the largest volume.
+DIRECTORY_MAX = (MAX_SIZE // BLOCK_SIZE - 1) >> (LEAF_SHIFT + DIRECTORY_SHIFT)
 #: Leaves encoded between two turns of the event loop.
 SLICE = 32
 #: The most bytes of the top page in one part.
@@ -60,7 +64,12 @@ def encode_directory(leaves: dict[int, Pointer]) -> bytes:
 
 
 def decode_directory(index: int, body: memoryview) -> dict[int, Pointer]:
-    """Inverse of `encode_directory`. Raises ValueError for a body of the wrong size."""
+    """Inverse of `encode_directory`. Raises FormatError."""
+    if len(body) % DIRECTORY_DTYPE.itemsize:
+        raise FormatError("directory has the wrong size")
+    leaves = np.frombuffer(body, DIRECTORY_DTYPE)["leaf"].astype(np.int64)
+    if (leaves >= 1 << DIRECTORY_SHIFT).any() or (leaves[1:] <= leaves[:-1]).any():
+        raise FormatError("directory is not sorted, or names leaves that are not under it")
     base = index << DIRECTORY_SHIFT
     return {
         base + leaf: Pointer(stripe, offset, length, crc)
@@ -143,9 +152,18 @@ class Checkpoint:
         self._membership = membership
         #: Rows as the committed table pages have them, to find the pages that changed.
         self.written: npt.NDArray[np.void] | None = None
+        #: Whether one is being written: the table may have stripes of it that nothing names yet.
+        self.running = False
 
     async def write(self) -> None:
         """Write one checkpoint. Raises NoSpace, PoolStopped, DataLost."""
+        self.running = True
+        try:
+            await self._write()
+        finally:
+            self.running = False
+
+    async def _write(self) -> None:
         for _ in range(ATTEMPTS):
             if await self._attempt():
                 self._state.counters["checkpoints"] += 1

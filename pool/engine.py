@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from backends.base import BLOCK_SIZE, DeviceError
 from pool.apply import apply
@@ -23,6 +23,8 @@ from pool.membership import Membership
 from pool.moving import Moving
 from pool.reader import Reader
 from pool.state import State
+
+T = TypeVar("T")
 
 #: The most bytes staged in one piece; larger writes are several, in order.
 PIECE_BYTES = 1 << 20
@@ -101,6 +103,10 @@ class Engine:
 
     # -- waiting -----------------------------------------------------------------------------
 
+    async def at_rest(self, look: Callable[[], T]) -> T:
+        """What `look` says at a moment when maintenance has no stripe in flight."""
+        return look() if self.maintenance is None else await self.maintenance.at_rest(look)
+
     async def wait_room(self, blocks: int) -> None:
         """Return when the journal may have room for `blocks` again. Raises PoolFull if nothing can
         be packed, PoolStopped."""
@@ -148,8 +154,8 @@ class Engine:
         self.membership.report(index, error)
 
 
-def apply_change(state: State, change: dict[str, Any]) -> None:
+def apply_change(state: State, change: object) -> None:
     """Apply a catalog change, at run time and in replay. Raises FormatError."""
     state.catalog.apply(change)
-    if change["do"] == "create":
-        state.maps[change["layer"]] = LayerMap(change["layer"])
+    for layer in state.catalog.layers.keys() - state.maps.keys():
+        state.maps[layer] = LayerMap(layer)

@@ -10,6 +10,15 @@ class PoolError(Exception):
     """An operation on the pool was refused or failed; `str()` is one line with the remedy."""
 
 
+class BadSuperblock(PoolError):
+    """A device of a pool has no superblock that can be believed. `generation` is that of a root
+    with right checksums that makes no sense, or 0."""
+
+    def __init__(self, message: str, generation: int = 0) -> None:
+        super().__init__(message)
+        self.generation = generation
+
+
 class FormatError(Exception):
     """Bytes read from a device are not what `docs/format.md` says. Never reaches an operator as
     is."""

@@ -29,7 +29,7 @@ FAILPOINTS: dict[str, str] = {
     "recovery_after_chain_before_term": "R6",
     "recovery_after_copy_before_next": "R6",
     "recovery_after_copies_before_naming": "R6",
-    "recovery_after_naming_before_replay": "R6",
+    "recovery_after_naming_before_serving": "R6",
     "recovery_after_replay_before_mark": "R6",
     "recovery_after_mark_before_flush": "R6",
     "recovery_after_flush_before_serving": "R6",

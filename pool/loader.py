@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pool.blockmap import Leaf
+from pool.entries import check_leaf
 from pool.errors import DataLost, FormatError
 from pool.format import page
 from pool.reader import Reader
@@ -54,6 +55,7 @@ class Loader:
             raise DataLost(f"page of layer {found.layer} found where {layer} was expected")
         try:
             leaf = Leaf.decode(found.form, found.body)
+            check_leaf(leaf, self._state.table)
         except FormatError as error:
             raise DataLost(f"leaf {number} of layer {layer}: {error}") from None
         layer_map = self._state.maps.get(layer)

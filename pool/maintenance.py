@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 from pool.apply import drop_leaf
 from pool.catch_up import CatchUp
@@ -23,6 +24,8 @@ from pool.moving import Moving
 from pool.placement import NoSpace
 from pool.state import RESERVE_STRIPES, State
 from pool.trash import Orphans, delete
+
+T = TypeVar("T")
 
 #: At most so many stripes per destage or collector step.
 STEP_STRIPES = 24
@@ -137,6 +140,8 @@ class Maintenance:
         self._task: asyncio.Task[None] | None = None
         self._orphans: asyncio.Task[None] | None = None
         self._want_checkpoint: list[asyncio.Future[None]] = []
+        #: What wants to look at the pool between two steps.
+        self._lookers: list[Callable[[], None]] = []
         self._starved_at = -1
         self._seen_head, self._seen_at = moving.state.journal.head, clock()
         self._stopping = False
@@ -197,6 +202,7 @@ class Maintenance:
                 await self._perform(step)
                 await self._empty_trash()
                 await self._catch_up()
+                self._let_look()
                 await asyncio.sleep(0)
             except NoSpace:
                 state.counters["steps_without_space"] += 1
@@ -204,6 +210,8 @@ class Maintenance:
             except DataLost as error:
                 state.counters["steps_with_lost_data"] += 1
                 state.problems["lost"] = str(error)
+                # Whoever waits for room in the journal may wait for just this.
+                self._give_up_on_space()
                 await self._sleep(1.0)
             except PoolStopped as error:
                 if state.stopped:
@@ -218,6 +226,7 @@ class Maintenance:
             if not waiter.done():
                 waiter.set_exception(PoolStopped(state.stopped or "the pool is closing"))
         self._want_checkpoint.clear()
+        self._let_look()
 
     async def _perform(self, step: Step) -> None:
         if step is Step.DESTAGE:
@@ -306,6 +315,30 @@ class Maintenance:
         self._want_checkpoint.append(waiter)
         self.kick()
         return waiter
+
+    def at_rest(self, look: Callable[[], T]) -> asyncio.Future[T]:
+        """A future with what `look` says between two steps: then no stripe is placed that neither
+        the table nor a root names."""
+        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def now() -> None:
+            if waiter.done():
+                return
+            try:
+                waiter.set_result(look())
+            except Exception as error:
+                waiter.set_exception(error)
+
+        self._lookers.append(now)
+        self.kick()
+        if self._task is None or self._task.done():
+            self._let_look()
+        return waiter
+
+    def _let_look(self) -> None:
+        lookers, self._lookers = self._lookers, []
+        for look in lookers:
+            look()
 
     async def _make_space(self) -> None:
         """No stripe could be placed: release what is dead, else wait for something to change."""

@@ -7,11 +7,11 @@ from enum import StrEnum
 from typing import Any
 
 from backends.base import BLOCK_SIZE, Device, DeviceError, ObjectStore
-from pool.errors import FormatError, PoolError
+from pool.errors import BadSuperblock, FormatError
 from pool.failpoints import reached
 from pool.format import superblock
 from pool.format.geometry import Layout
-from pool.format.superblock import Superblock
+from pool.format.superblock import HostileRoot, Superblock
 from pool.shards import Shards, shards_of
 from pool.slots import FreeSlots
 
@@ -139,21 +139,35 @@ class Member:
 async def read_superblocks(backend: Device | ObjectStore) -> list[tuple[int, Superblock]]:
     """All valid superblocks of a backend as (slot, superblock), newest first.
 
-    Raises PoolError if it holds a newer revision, or ours and nothing valid; DeviceError."""
+    Raises PoolError if it holds a newer revision, BadSuperblock if it holds ours and nothing valid,
+    or a newer one that makes no sense; DeviceError."""
     images = await (
         _device_images(backend) if isinstance(backend, Device) else _store_images(backend)
     )
     found: dict[tuple[int, str], tuple[int, Superblock]] = {}
     damaged = False
+    hostile: HostileRoot | None = None
     for slot, image in images:
         try:
             block = superblock.decode(image)
+        except HostileRoot as error:
+            if hostile is None or error.generation > hostile.generation:
+                hostile = error
+            continue
         except FormatError:
             damaged = damaged or image[:8] == superblock.MAGIC
             continue
         found[(block.generation, block.digest)] = (slot, block)
+    newest = max((generation for generation, _ in found), default=0)
+    if hostile is not None and hostile.generation > newest:
+        # An older root must not take the place of one that may have been the pool's.
+        raise BadSuperblock(
+            f"{backend.url}: its superblock of generation {hostile.generation} makes no sense "
+            f"({hostile}): leave it out",
+            hostile.generation,
+        )
     if not found and damaged:
-        raise PoolError(
+        raise BadSuperblock(
             f"{backend.url}: it belongs to a stripewell pool, but no whole superblock is left on "
             "it: leave it out"
         )

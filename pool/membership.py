@@ -40,6 +40,11 @@ class Membership:
 
     # -- committing --------------------------------------------------------------------------
 
+    @property
+    def committing(self) -> bool:
+        """Whether a root may be being written now."""
+        return self._lock.locked()
+
     async def commit(self, committed: Committed) -> None:
         """Commit a root with this checkpoint. Raises PoolStopped if no quorum takes it; the pool
         then takes no more writes."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from backends.base import BLOCK_SIZE, Device, DeviceError, ObjectStore
 from pool import recovery
+from pool.check import Report, check_pool
 from pool.engine import Engine
-from pool.errors import FormatError, PoolError, PoolStopped
+from pool.errors import BadSuperblock, FormatError, PoolError, PoolStopped
 from pool.failpoints import reached
 from pool.format.page import Pointer
-from pool.format.record import FLAG_TERM_START, TERM_SHIFT
+from pool.format.record import FLAG_TERM_START, TERM_SHIFT, Record
 from pool.format.superblock import Superblock
-from pool.fsck import check_pool
 from pool.journal import Journal, Replica
 from pool.loader import Loader
 from pool.member import Member, MemberState, read_superblocks
@@ -26,7 +26,7 @@ from pool.mover import Mover
 from pool.overdue import READ_SECONDS
 from pool.placement import NoSpace
 from pool.reader import Reader
-from pool.recovery import Source
+from pool.recovery import Chain, Source
 from pool.replicas import Copy, forgetful, mapped
 from pool.roots import Found, active, check_enough, choose_root
 from pool.scrub import Scrubbed, scrub
@@ -34,6 +34,7 @@ from pool.state import LEAF_BUDGET, Committed, State
 from pool.status import describe
 from pool.table import NOWHERE, Stripe, StripeTable
 from pool.volume import Volume
+from pool.words import line
 
 Progress = Callable[[int, int], None]
 READ_ONLY = "the pool is open for reading only"
@@ -85,7 +86,7 @@ class Pool:
         state = _state(root, mover, rng, now)
         present, returned = _attach(state, backends, found, root)
         check_enough(root.root, present, writable=not read_only)
-        reader = Reader(state)
+        reader = Reader(state, repair=not read_only)
         loader = Loader(state, reader, leaf_budget)
         for member in state.members.values():
             if member.present and not read_only:
@@ -211,6 +212,10 @@ class Pool:
 
     async def check(self, progress: Progress | None = None) -> list[str]:
         """Verify everything against everything; returns one line per fault."""
+        return (await self.check_report(progress)).lines()
+
+    async def check_report(self, progress: Progress | None = None) -> Report:
+        """As `check`, with all that is known of each fault, remarks, and what was looked at."""
         return await check_pool(self.engine, progress or (lambda done, total: None))
 
     async def scrub(self, progress: Progress | None = None) -> Scrubbed:
@@ -237,23 +242,35 @@ async def _find(
         *(_superblocks(backend) for backend in backends), return_exceptions=True
     )
     found: list[Found] = []
+    refused: list[BadSuperblock] = []
     for number, result in enumerate(results):
-        if isinstance(result, DeviceError | TimeoutError):
-            continue
-        if isinstance(result, PoolError) and "superblock" in str(result):
-            continue
-        if isinstance(result, BaseException):
-            raise result
-        if result:
+        if isinstance(result, BadSuperblock):
+            refused.append(result)
+        elif isinstance(result, BaseException):
+            if not isinstance(result, DeviceError | TimeoutError):
+                raise result
+        elif result:
             slot, block = result[0]
             found.append(Found(number, slot, block))
-    root = choose_root(found)
+    root = _choose(found, refused)
     if expect_pool is not None and root.root["name"] != expect_pool:
         raise PoolError(f"the devices belong to pool {root.root['name']!r}, not to {expect_pool!r}")
     devices = [item.block.device for item in found]
     if len(set(devices)) < len(devices):
         raise PoolError("a device was given twice, or a copy of one: name each device once")
     return root, found
+
+
+def _choose(found: list[Found], refused: list[BadSuperblock]) -> Superblock:
+    """The root to open. A device without a superblock that can be believed is as good as absent,
+    unless its root may have been newer than all others."""
+    if refused and not found:
+        raise refused[0]
+    root = choose_root(found)
+    for error in refused:
+        if error.generation > root.generation:
+            raise error
+    return root
 
 
 async def _superblocks(backend: Device | ObjectStore) -> list[tuple[int, Superblock]]:
@@ -305,6 +322,8 @@ def _attach(
         backend = backends[item.backend]
         if member is None:
             raise PoolError(f"{backend.url} was removed from pool {state.name!r}: leave it out")
+        if isinstance(backend, Device) != member.layout.addressable:
+            raise PoolError(f"{backend.url} is of another kind than the pool's root says")
         if backend.size < member.layout.size:
             raise PoolError(
                 f"{backend.url} has shrunk from {member.layout.size} to {backend.size} bytes: "
@@ -349,18 +368,7 @@ async def _recover(
     first."""
     state = engine.state
     listed = [row["member"] for row in root["streams"][0]["replicas"]]
-    sources = [
-        Source(index, member.backend, member.layout.journal_offset, state.journal_blocks)
-        for index in listed
-        if (member := state.members[index]).backend is not None
-        and index not in returned
-        and isinstance(member.backend, Device)
-    ]
-    if not sources:
-        raise PoolError(
-            "no journal replica is present; missing: "
-            + ", ".join(state.members[index].url for index in listed)
-        )
+    sources = _sources(state, listed, returned)
     # One that may be an old copy is asked last, for what the others don't have (R24).
     sources.sort(key=lambda source: source.member in state.behind)
     committed = state.committed
@@ -372,35 +380,23 @@ async def _recover(
     lost: set[int] = set()
     missed: set[int] = set()
     recovery.refill(state, backlog)
+    # Before anything is written: what cannot be replayed is refused.
+    await recovery.preload(state, engine.loader, chain)
+    await recovery.replay(state, engine.loader, chain)
+    if state.stopped and not read_only:
+        raise PoolError(state.stopped)
     if read_only:
         # What was never packed is read from the replicas as they are.
         state.stopped = READ_ONLY
+        durable = min(chain.durable, chain.end)
         replicas = [
-            Replica(s.member, s.device, s.offset, committed.tail, chain.end, chain.end)
+            Replica(s.member, s.device, s.offset, committed.tail, chain.end, durable)
             for s in sources
         ]
     else:
-        state.behind |= await forgetful(sources, records, chain.durable)
-        sources.sort(key=lambda source: source.member in state.behind)
-        missed = returned | state.behind | {m.index for m in state.active() if m.missed}
-        for index in missed:
-            # Every root says so until it has caught up: a crash must not make it look whole.
-            state.members[index].missed = True
-        mark = recovery.ending_mark(backlog, chain)
-        if mark is not None and mark.position < committed.replay:
-            state.committed = recovery.begin_at(mark, committed)
-        copy = Copy(sources, chain, records, committed.tail)
-        replicas = await _start_term(engine, copy, returned)
-        lost = copy.lost
-        if mark is not None:
-            # Every replica has it now: what an old copy had there instead cannot come back.
-            records.pop()
-            chain.end, chain.previous = mark.position, mark.previous
-            for replica in replicas:
-                replica.written = replica.synced = mark.position
-        reached("recovery_after_naming_before_replay")
-    await recovery.preload(state, engine.loader, chain)
-    await recovery.replay(state, engine.loader, chain)
+        replicas, lost, missed = await _take_over(engine, sources, chain, backlog, returned)
+        records = [header for header in records if header.position < chain.end]
+        reached("recovery_after_naming_before_serving")
     unreadable = await mapped(state, engine.loader, records, lost)
     if unreadable:
         state.problems["journal"] = (
@@ -414,7 +410,7 @@ async def _recover(
         replicas=replicas,
         head=chain.end,
         tail=committed.tail,
-        version=state.term << TERM_SHIFT,
+        version=chain.version if read_only else state.term << TERM_SHIFT,
         previous=chain.previous,
         on_failure=engine.member_failed,
     )
@@ -429,6 +425,51 @@ async def _recover(
     reached("recovery_after_mark_before_flush")
     await journal.flush()
     reached("recovery_after_flush_before_serving")
+
+
+async def _take_over(
+    engine: Engine,
+    sources: list[Source],
+    chain: Chain,
+    backlog: list[Record],
+    returned: set[int],
+) -> tuple[list[Replica], set[int], set[int]]:
+    """Start a term and make the journal whole on its replicas. Returns them, the positions that no
+    source had right, and the members that may have missed something."""
+    state = engine.state
+    committed, records = state.committed, [*backlog, *chain.records]
+    state.behind |= await forgetful(sources, records, chain.durable)
+    sources.sort(key=lambda source: source.member in state.behind)
+    missed = returned | state.behind | {m.index for m in state.active() if m.missed}
+    for index in missed:
+        # Every root says so until it has caught up: a crash must not make it look whole.
+        state.members[index].missed = True
+    mark = recovery.ending_mark(backlog, chain)
+    if mark is not None and mark.position < committed.replay:
+        state.committed = recovery.begin_at(mark, committed)
+    copy = Copy(sources, chain, records, committed.tail)
+    replicas = await _start_term(engine, copy, returned)
+    if mark is not None:
+        # Every replica has it now: what an old copy had there instead cannot come back.
+        chain.end, chain.previous = mark.position, mark.previous
+        for replica in replicas:
+            replica.written = replica.synced = mark.position
+    return replicas, copy.lost, missed
+
+
+def _sources(state: State, listed: list[int], returned: set[int]) -> list[Source]:
+    """The journal replicas that may be read. Raises PoolError if there are none."""
+    sources = [
+        Source(index, member.backend, member.layout.journal_offset, state.journal_blocks)
+        for index in listed
+        if (member := state.members[index]).backend is not None
+        and index not in returned
+        and isinstance(member.backend, Device)
+    ]
+    if not sources:
+        missing = line(", ".join(state.members[index].url for index in listed))
+        raise PoolError(f"no journal replica is present; missing: {missing}")
+    return sources
 
 
 async def _start_term(engine: Engine, copy: Copy, returned: set[int]) -> list[Replica]:

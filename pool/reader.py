@@ -48,11 +48,17 @@ OVERDUE_SECONDS = 10.0
 class Reader:
     """Reads what `State` locates."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, *, repair: bool = True) -> None:
         self._state = state
+        #: Whether right bytes are written over wrong ones; not by who only looks.
+        self._repairs = repair
         self._headers: OrderedDict[int, Header] = OrderedDict()
         #: Told of members that do not answer a repair.
         self.on_failure: Callable[[int, DeviceError], None] = lambda index, error: None
+
+    @property
+    def _may_repair(self) -> bool:
+        return self._repairs and self._state.writable
 
     # -- fast path ---------------------------------------------------------------------------
 
@@ -142,8 +148,7 @@ class Reader:
     ) -> None:
         """Rewrite a bad journal block; the pin keeps its position from being reused (R14)."""
         self._accuse(member, "bad_blocks")
-        state = self._state
-        if position < state.journal.tail or not member.present or not state.writable:
+        if position < self._state.journal.tail or not member.present or not self._may_repair:
             return
         assert isinstance(member.backend, Device)
         if not await self.put_right(member, member.backend.write(offset, [data])):
@@ -224,7 +229,7 @@ class Reader:
         device, slot = row.places[shard]
         member = self._state.members[device]
         self._accuse(member, "bad_blocks")
-        if not member.present or member.shards is None or not self._state.writable:
+        if not member.present or member.shards is None or not self._may_repair:
             return
         try:
             if self._state.row(row.id).places[shard] != (device, slot):
@@ -312,6 +317,8 @@ class Reader:
                 row = self._state.row(pointer.stripe)
             except KeyError:
                 raise DataLost(f"page of unknown stripe {pointer.stripe}") from None
+            if not pointer.inside(row.shape.blocks * BLOCK_SIZE):
+                raise DataLost(f"a page is said to be where stripe {pointer.stripe} has none")
             data = await self._stripe_bytes(row, pointer.offset, pointer.length, trusted=True)
             if data is None or checksum(data) != pointer.crc:
                 data = await self._stripe_bytes(row, pointer.offset, pointer.length, trusted=False)

@@ -14,8 +14,7 @@ The chain is read from whichever replica continues it. What may not be on all re
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,17 +24,20 @@ from backends.base import BLOCK_SIZE, Device, DeviceError
 from pool.apply import apply
 from pool.blockmap import LEAF_SHIFT, LayerMap
 from pool.catalog import Catalog
-from pool.checkpoint import decode_directory
+from pool.checkpoint import DIRECTORY_MAX, decode_directory
 from pool.engine import apply_change
 from pool.errors import DataLost, FormatError, PoolError
-from pool.format import page, record
-from pool.format.page import Pointer
-from pool.format.record import KIND_CATALOG, Record
+from pool.format import page, record, top
+from pool.format.fields import parse
+from pool.format.page import Page, Pointer
+from pool.format.record import KIND_CATALOG, Extent, Record
+from pool.format.top import Top
 from pool.journal import Committed as CommittedExtent
 from pool.loader import Loader
 from pool.reader import Reader
+from pool.rows import all_rows, bad_rows, limits
 from pool.state import Committed, State
-from pool.table import StripeTable
+from pool.table import META, StripeTable
 
 #: A replica that takes longer to answer a read is left out.
 OVERDUE_SECONDS = 10.0
@@ -276,33 +278,56 @@ async def load_checkpoint(state: State, reader: Reader, root: dict[str, Any]) ->
     """Fill the state from the committed checkpoint. Raises DataLost, PoolError."""
     if not state.committed.top:
         return
-    parts = [await reader.page(pointer, page.KIND_TOP) for pointer in state.committed.top]
     try:
-        if [part.number for part in parts] != list(range(len(parts))):
-            raise FormatError("parts of the top page are not the ones meant")
-        data = json.loads(b"".join(part.body for part in parts))
-        pages = {row[0]: Pointer(*row[1:]) for row in data["table"]}
-        bodies = {}
-        for number, pointer in pages.items():
-            table_page = await reader.page(pointer, page.KIND_TABLE)
-            if table_page.number != number:
-                raise FormatError("table page is not the one meant")
-            bodies[number] = table_page.body
-        state.table = StripeTable.restore(data["width"], bodies)
-        state.table_pages = pages
-        state.forget_places()
-        state.catalog = Catalog.from_json(data["catalog"])
+        parts = [
+            (await _page(reader, pointer, page.KIND_TOP, 0, number)).body
+            for number, pointer in enumerate(state.committed.top)
+        ]
+        found = top.decode(b"".join(parts), width=state.table.width, directory_max=DIRECTORY_MAX)
+        bodies = {
+            number: (await _page(reader, pointer, page.KIND_TABLE, 0, number)).body
+            for number, pointer in found.table.items()
+        }
+        _take_table(state, found, StripeTable.restore(found.width, bodies))
+        state.catalog = Catalog.from_json(found.catalog)
         state.maps = {layer: LayerMap(layer) for layer in state.catalog.layers}
-        state.used = data["used"]
-        for layer, chunk, *where in data["directories"]:
-            pointer = Pointer(*where)
+        state.used = found.used
+        for (layer, chunk), pointer in found.directories.items():
+            if layer not in state.maps:
+                raise FormatError(f"there is a directory of layer {layer}, and no such layer")
+            directory = await _page(reader, pointer, page.KIND_DIRECTORY, layer, chunk)
+            leaves = decode_directory(chunk, directory.body)
+            _check_pointers(state, [pointer, *leaves.values()])
+            state.maps[layer].pointers.update(leaves)
             state.directories[layer, chunk] = pointer
-            directory = await reader.page(pointer, page.KIND_DIRECTORY)
-            if (directory.layer, directory.number) != (layer, chunk):
-                raise FormatError("directory is not the one meant")
-            state.maps[layer].pointers.update(decode_directory(chunk, directory.body))
-    except (FormatError, ValueError, KeyError, TypeError) as error:
-        raise DataLost(f"the checkpoint is damaged: {error}") from None
+    except FormatError as error:
+        raise DataLost(
+            f"the checkpoint is damaged: {error}; bring back missing devices, or restore a backup"
+        ) from None
+
+
+async def _page(reader: Reader, pointer: Pointer, kind: int, layer: int, number: int) -> Page:
+    """The page that is meant. Raises DataLost, FormatError."""
+    found = await reader.page(pointer, kind)
+    if (found.layer, found.number) != (layer, number):
+        raise FormatError(f"a page in stripe {pointer.stripe} is not the one meant")
+    return found
+
+
+def _take_table(state: State, found: Top, table: StripeTable) -> None:
+    """Use the table, if there can be such rows. Raises FormatError."""
+    state.table, state.table_pages = table, found.table
+    for stripe, text in bad_rows(all_rows(state), limits(state)):
+        raise FormatError(f"stripe {stripe} {text}")
+    state.forget_places()
+
+
+def _check_pointers(state: State, pointers: Iterable[Pointer]) -> None:
+    """Pages below the top page are in meta stripes of the table. Raises FormatError."""
+    for pointer in pointers:
+        at = state.table.rows.get(pointer.stripe)
+        if at is None or state.table.raw(at)["kind"] != META:
+            raise FormatError(f"a page is said to be in stripe {pointer.stripe}, which has none")
 
 
 async def replay(state: State, loader: Loader, chain: Chain) -> None:
@@ -311,9 +336,10 @@ async def replay(state: State, loader: Loader, chain: Chain) -> None:
         batch = chain.records[start : start + APPLY_BATCH]
         for header in batch:
             # A record is applied as a whole, after everything before it.
+            _check_record(state, header)
             while await loader.ensure(_leaves(state, header)):
                 pass
-            apply(state, list(_committed(header)), _Changes(state, chain))
+            apply(state, _committed(header, state.catalog), _Changes(state, chain))
         state.settle()
 
 
@@ -339,25 +365,50 @@ def _leaves(state: State, header: Record) -> set[tuple[int, int]]:
     return needed
 
 
-def _committed(header: Record) -> Sequence[CommittedExtent]:
-    found = []
+def _committed(header: Record, catalog: Catalog) -> Iterator[CommittedExtent]:
+    """The extents of a record as they are applied, one by one: the catalog changes under them. Not
+    those of layers without a volume, which are being taken apart or gone. Raises PoolError."""
     position, used = header.position + 1, 0
     for extent in header.extents:
+        blocks = catalog.blocks(extent.layer)
+        problem = _problem(extent, blocks)
+        if problem:
+            raise _hostile(header, problem)
         crcs = list(header.crcs[used : used + extent.payload])
-        found.append(
-            CommittedExtent(
-                extent.kind,
-                extent.layer,
-                extent.block,
-                extent.count,
-                position,
-                header.version,
+        if extent.kind == KIND_CATALOG or blocks is not None:
+            yield CommittedExtent(
+                extent.kind, extent.layer, extent.block, extent.count, position, header.version,
                 crcs,
-            )
-        )
+            )  # fmt: skip
         position += extent.payload
         used += extent.payload
-    return found
+
+
+def _problem(extent: Extent, blocks: int | None) -> str:
+    """Why an extent of a layer with so many blocks cannot be; empty if it can."""
+    if extent.kind not in record.KINDS:
+        return f"has an extent of an unknown kind, {extent.kind}"
+    if extent.kind == KIND_CATALOG:
+        fits = 0 < extent.block <= extent.count * BLOCK_SIZE
+        return "" if fits else f"has a catalog change of {extent.block} bytes"
+    if not extent.count or (blocks is not None and extent.block + extent.count > blocks):
+        return f"changes blocks that layer {extent.layer} does not have"
+    return ""
+
+
+def _check_record(state: State, header: Record) -> None:
+    """Raise PoolError for a record that no writer of this pool has made."""
+    if header.version >> record.TERM_SHIFT > state.term:
+        raise _hostile(header, "is of a term that never began")
+    if header.end - state.committed.tail > state.journal_blocks:
+        raise _hostile(header, "ends in the next lap")
+
+
+def _hostile(header: Record, problem: str) -> PoolError:
+    return PoolError(
+        f"the journal is damaged: the record at {header.position} {problem}: leave out the devices "
+        "that have it, or restore a backup"
+    )
 
 
 class _Changes:
@@ -369,10 +420,12 @@ class _Changes:
 
     def __call__(self, extent: CommittedExtent) -> None:
         try:
-            apply_change(self._state, json.loads(self._chain.catalog[extent.position]))
-        except (FormatError, ValueError) as error:
+            change = parse(self._chain.catalog[extent.position], "catalog change")
+            apply_change(self._state, change)
+        except FormatError as error:
             raise PoolError(
-                f"the journal holds a catalog change that does not fit: {error}"
+                f"the journal is damaged: at {extent.position} it holds a change that does not fit "
+                f"({error}): leave out the devices that have it, or restore a backup"
             ) from None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pool.errors import PoolError
 from pool.format.superblock import Superblock
+from pool.words import line
 
 
 def quorum(members: int, parity: int) -> int:
@@ -73,7 +74,7 @@ def check_enough(root: dict[str, Any], present: set[int], *, writable: bool) -> 
         return
     if not writable and have:
         return
-    names = ", ".join(member["url"] for member in missing)
+    names = line(", ".join(member["url"] for member in missing))
     need = max(len(wanted) - parity, parity + 1)
     text = f"{have} of {len(wanted)} devices found, {need} are needed; missing: {names}"
     if writable and len(missing) <= parity:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
+import numpy as np
+import numpy.typing as npt
+
+Slots = npt.NDArray[np.uint32]
+
 
 class FreeSlots:
     """Which slots of a device may be written. Lowest number first, so that files stay short.
@@ -15,6 +20,7 @@ class FreeSlots:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self._used: set[int] = set()
+        #: Free slots below `_next`, a heap; from there on, those that are not in use are free.
         self._returned: list[int] = []
         self._next = 0
 
@@ -23,25 +29,31 @@ class FreeSlots:
         assert not self._used
         assert not self._next
         self._used = set(taken)
-        self._next = max(self._used, default=-1) + 1
-        self._returned = [slot for slot in range(self._next) if slot not in self._used]
 
     def take(self) -> int:
         """A free slot, now in use. Raises IndexError if there is none."""
         if self._returned:
             slot = heapq.heappop(self._returned)
-        elif self._next < self.slots:
+        else:
+            while self._next in self._used:
+                self._next += 1
+            if self._next >= self.slots:
+                raise IndexError("no free slot")
             slot = self._next
             self._next += 1
-        else:
-            raise IndexError("no free slot")
         self._used.add(slot)
         return slot
 
     def give(self, slot: int) -> None:
         """Return a slot."""
         self._used.remove(slot)
-        heapq.heappush(self._returned, slot)
+        if slot < self._next:
+            heapq.heappush(self._returned, slot)
+
+    def compare(self, claimed: Slots) -> tuple[Slots, Slots]:
+        """Slots that are claimed and free here, and those in use here that nobody claims."""
+        used = np.fromiter(self._used, np.uint32, len(self._used))
+        return np.setdiff1d(claimed, used), np.setdiff1d(used, claimed)
 
     @property
     def free(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from backends.base import BLOCK_SIZE
 from pool.blockmap import LayerMap
 from pool.catalog import Catalog
-from pool.errors import PoolError, PoolFull, PoolStopped
+from pool.errors import FormatError, PoolError, PoolFull, PoolStopped
 from pool.format.geometry import Geometry, geometry
 from pool.format.location import STRIPE_MASK, STRIPE_SHIFT, TAG_SHIFT, TAG_STRIPE
 from pool.format.page import Pointer
@@ -172,10 +172,14 @@ class State:
     # -- accounting --------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Take the killed blocks from the table's live counts."""
+        """Take the killed blocks from the table's live counts. If these cannot be right, a stripe
+        that is in use might count as dead: nothing is released or written any more."""
         if self.killed:
             killed, self.killed = self.killed, []
-            self.table.kill(killed)
+            try:
+                self.table.kill(killed)
+            except FormatError as error:
+                self.stop(f"{error}: run `stripewell pool check`, and report it")
 
     def kill_locations(self, locations: np.typing.NDArray[np.uint64]) -> None:
         """Note that the blocks at these locations (holes allowed) are no longer mapped."""

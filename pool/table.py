@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pool.errors import FormatError
 from pool.format import stripe as stripe_format
-from pool.format.geometry import MAX_DATA, MAX_PARITY, Geometry
+from pool.format.geometry import Geometry
 
 PAGE_ROWS = 128
 #: Device number of a shard that is not stored (its device was gone when the stripe was written).
@@ -162,17 +162,24 @@ class StripeTable:
         self.live[at] = value
 
     def kill(self, stripes: Iterable[int]) -> None:
-        """Take one live block from each stripe named, as often as it is named."""
+        """Take one live block from each stripe named, as often as it is named. Raises FormatError
+        if there are not so many: a bug, or a table that was tampered with."""
         ids, counts = np.unique(np.fromiter(stripes, np.uint64), return_counts=True)
         rows = self.rows
         live = self.live
         for stripe, count in zip(ids.tolist(), counts.tolist(), strict=True):
             at = rows[stripe]
-            assert live[at] >= count, f"stripe {stripe} has fewer live blocks than none"
+            if live[at] < count:
+                raise FormatError(f"stripe {stripe} counts fewer live blocks than the map had")
             live[at] -= count
 
     def live_of(self, stripe: int) -> int:
         return int(self.live[self.rows[stripe]])
+
+    def raw(self, at: int) -> np.void:
+        """The row at an index of `rows`, as a table page has it."""
+        row: np.void = self._data[at]
+        return row
 
     def dead(self) -> list[int]:
         """Ids of stripes without a live block."""
@@ -223,7 +230,8 @@ class StripeTable:
 
     @classmethod
     def restore(cls, width: int, pages: dict[int, memoryview]) -> StripeTable:
-        """The table of a checkpoint's pages. Raises FormatError."""
+        """The table of a checkpoint's pages, which are numbered from 0 on. What rows say is for
+        `pool.rows`. Raises FormatError."""
         table = cls(width)
         dtype = row_dtype(width)
         count = max(pages, default=0) + 1
@@ -236,10 +244,8 @@ class StripeTable:
         table._bind()
         used = np.flatnonzero(data["id"])
         table.rows = dict(zip(data["id"][used].tolist(), used.tolist(), strict=True))
-        if len(table.rows) != len(used) or (data["data"][used] > MAX_DATA).any() or (
-            data["parity"][used] > MAX_PARITY
-        ).any():  # fmt: skip
-            raise FormatError("stripe table is damaged")
+        if len(table.rows) != len(used):
+            raise FormatError("a stripe has two rows in the table")
         table._free = np.flatnonzero(data["id"] == 0)[::-1].tolist()
         return table
 

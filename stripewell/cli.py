@@ -230,9 +230,9 @@ def pool_check(ctx: click.Context, name: str, as_json: bool) -> None:
     state = ctx.obj
     record = state.record(name)
     with shown(f"check {name}") as progress:
-        faults = _run(_call(state, record, "pool.check", progress=progress))
-    _print(as_json, {"name": name, "faults": faults}, "\n".join(faults) or f"{name}: no faults")
-    if faults:
+        report = _run(_call(state, record, "pool.check", progress=progress))
+    _print(as_json, {"name": name} | report, output.pool_check(name, report))
+    if report["faults"]:
         ctx.exit(1)
 
 

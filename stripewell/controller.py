@@ -75,10 +75,10 @@ class Controller:
             status |= {"state": ELSEWHERE, "problems": []}
         return status
 
-    async def _check(self, args: Arguments, progress: Progress) -> list[str]:
+    async def _check(self, args: Arguments, progress: Progress) -> dict[str, Any]:
         if self._elsewhere:
             raise UserError(f"pool {self._pool.name} is {ELSEWHERE}: use the --state of its daemon")
-        return await self._pool.check(progress)
+        return (await self._pool.check_report(progress)).to_json()
 
     async def _where(self, args: Arguments, progress: Progress) -> dict[str, Any] | None:
         return asdict(self._endpoints) if self._endpoints else None

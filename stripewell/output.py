@@ -69,6 +69,23 @@ def _devices(devices: list[dict[str, Any]]) -> str:
     return table(["DEVICE", "STATE", "JOURNAL", "SIZE", "USED", "ERRORS", "URL"], rows)
 
 
+def pool_check(name: str, report: dict[str, Any]) -> str:
+    """What `pool check` found: faults, the worst first, remarks, and how much was looked at."""
+    checked, faults = report["checked"], report["faults"]
+    counts = [
+        f"{checked[what]} {what}"
+        for what in ("members", "stripes", "shards", "blocks", "pages", "entries", "records")
+    ]
+    found = {0: "no faults", 1: "1 fault"}.get(len(faults), f"{len(faults)} faults")
+    return "\n".join(
+        [
+            *faults,
+            *(f"remark: {remark}" for remark in report["remarks"]),
+            f"{name}: {found}; looked at {', '.join(counts)} in {checked['seconds']:.1f} s",
+        ]
+    )
+
+
 def pool_list(pools: list[dict[str, Any]]) -> str:
     rows = [
         [pool["name"], "yes" if pool["served"] else "no", str(len(pool["devices"])), pool["uuid"]]

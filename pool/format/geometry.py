@@ -80,6 +80,11 @@ class Layout:
     def slot_bytes(self) -> int:
         return self.slot_blocks * BLOCK_SIZE
 
+    @property
+    def addressable(self) -> bool:
+        """Whether it is a device's; an object store has no offsets."""
+        return self.slots_offset > 0
+
     def root_offsets(self, slot: int) -> tuple[int, int]:
         """Both copies of root slot 0 or 1: at the front and at the end of the device."""
         front = slot * self.root_bytes

@@ -20,6 +20,8 @@ ENVELOPE = struct.Struct(
     "<4sIHBBIQQII"
 )  # magic, crc, revision, kind, form, layer, index, generation, length, 0
 ALIGN = 8
+#: The largest page is a part of the top page, of 256 KiB.
+PAGE_MAX = (256 << 10) + ENVELOPE.size + ALIGN
 
 KIND_LEAF = 1
 KIND_DIRECTORY = 2
@@ -37,6 +39,11 @@ class Pointer(NamedTuple):
     offset: int
     length: int
     crc: int
+
+    def inside(self, size: int) -> bool:
+        """Whether a page can be there, in a stripe with `size` bytes of data."""
+        longest = min(size - self.offset, PAGE_MAX)
+        return self.offset >= 0 and ENVELOPE.size <= self.length <= longest
 
 
 class Page(NamedTuple):

@@ -25,6 +25,7 @@ KIND_DATA = 1
 KIND_TRIM = 2
 KIND_ZERO = 3
 KIND_CATALOG = 4
+KINDS = (KIND_DATA, KIND_TRIM, KIND_ZERO, KIND_CATALOG)
 
 # magic, crc, revision, flags, stream, extents, blocks, previous crc, version, position, tail,
 # durable

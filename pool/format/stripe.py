@@ -66,7 +66,24 @@ def encode(
     *, pool: bytes, stripe: int, kind: int, shape: Geometry, used: int, contents: Contents
 ) -> list[bytes]:
     """The headers of all shards, each padded to the shape's header blocks."""
-    tables = b"".join(
+    tables = _tables(contents)
+    identity = _identity(pool, stripe, tables)
+    headers = []
+    for shard in range(shape.shards):
+        image = bytearray(shape.header_bytes)
+        HEAD.pack_into(
+            image, 0, MAGIC, 0, REVISION, kind, CODEC_RS_ZFEC, pool, stripe, shard, shape.data,
+            shape.parity, CRYPTO_NONE, shape.header_blocks, shape.shard_blocks, used,
+            identity, 0,
+        )  # fmt: skip
+        image[128 : 128 + len(tables)] = tables
+        struct.pack_into("<I", image, _CRC_AT, crc32c(image))
+        headers.append(bytes(image))
+    return headers
+
+
+def _tables(contents: Contents) -> bytes:
+    return b"".join(
         (
             contents.layers.astype("<u4").tobytes(),
             contents.blocks.astype("<u8").tobytes(),
@@ -74,19 +91,15 @@ def encode(
             contents.crcs.astype("<u4").tobytes(),
         )
     )
-    identity = hashlib.blake2b(pool + stripe.to_bytes(8, "little") + tables, digest_size=16)
-    headers = []
-    for shard in range(shape.shards):
-        image = bytearray(shape.header_bytes)
-        HEAD.pack_into(
-            image, 0, MAGIC, 0, REVISION, kind, CODEC_RS_ZFEC, pool, stripe, shard, shape.data,
-            shape.parity, CRYPTO_NONE, shape.header_blocks, shape.shard_blocks, used,
-            identity.digest(), 0,
-        )  # fmt: skip
-        image[128 : 128 + len(tables)] = tables
-        struct.pack_into("<I", image, _CRC_AT, crc32c(image))
-        headers.append(bytes(image))
-    return headers
+
+
+def _identity(pool: bytes, stripe: int, tables: bytes) -> bytes:
+    return hashlib.blake2b(pool + stripe.to_bytes(8, "little") + tables, digest_size=16).digest()
+
+
+def digest(header: Header) -> bytes:
+    """The digest that a stripe with this header must have (R15)."""
+    return _identity(header.pool, header.stripe, _tables(header.contents))
 
 
 def decode(data: bytes | memoryview) -> Header:
@@ -103,6 +116,8 @@ def decode(data: bytes | memoryview) -> Header:
         shape.header_bytes
     ):
         raise FormatError("stripe header is too short for its stripe")
+    if used > count:
+        raise FormatError("stripe header uses more blocks than there are")
     image = bytearray(data[: shape.header_bytes])
     image[_CRC_AT : _CRC_AT + 4] = b"\0\0\0\0"
     if crc32c(image) != crc:

@@ -16,7 +16,9 @@ from typing import Any
 from crc32c import crc32c
 
 from pool.errors import FormatError, PoolError
+from pool.format.fields import parse
 from pool.format.geometry import Layout
+from pool.format.root import validate
 
 MAGIC = b"STRIPEWL"
 REVISION = 1
@@ -25,6 +27,16 @@ INCOMPATIBLE = 0
 HEAD = struct.Struct("<8sHHIQQ16s16sHHIQQIIQQII")
 HEAD_BYTES = 256
 _CRC_AT = 252
+#: What head and root both say of a device.
+LAYOUT_KEYS = ("size", "root_bytes", "journal_offset", "journal_bytes", "slot_blocks", "slots")
+
+
+class HostileRoot(FormatError):
+    """A superblock has right checksums, and a root that there cannot be."""
+
+    def __init__(self, message: str, generation: int) -> None:
+        super().__init__(message)
+        self.generation = generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +81,8 @@ def digest(body: bytes) -> str:
 
 
 def decode(data: bytes) -> Superblock:
-    """Read one superblock slot. Raises FormatError; PoolError for a newer revision or feature."""
+    """Read one superblock slot. Raises FormatError (HostileRoot for a root that makes no sense);
+    PoolError for a newer revision or feature."""
     if len(data) < HEAD_BYTES or data[:8] != MAGIC:
         raise FormatError("no superblock")
     if crc32c(data[:_CRC_AT]) != int.from_bytes(data[_CRC_AT:HEAD_BYTES], "little"):
@@ -85,17 +98,29 @@ def decode(data: bytes) -> Superblock:
     body = data[HEAD_BYTES : HEAD_BYTES + length]
     if len(body) != length or crc32c(body) != crc:
         raise FormatError("superblock body is damaged")
-    try:
-        root = json.loads(body)
-    except ValueError as error:
-        raise FormatError("root is not JSON") from error
-    if not isinstance(root, dict) or root.get("generation") != generation:
-        raise FormatError("root and head disagree")
     where = Layout(
         size, root_bytes, journal_offset, journal_bytes, journal_offset + journal_bytes,
         slot_blocks, slots,
     )  # fmt: skip
+    try:
+        root = parse(body, "root")
+        validate(root)
+        assert isinstance(root, dict)
+        _agree(root, generation, device, index, where)
+    except FormatError as error:
+        raise HostileRoot(str(error), generation) from None
     return Superblock(pool, device, index, where, generation, root, digest(body))
+
+
+def _agree(root: dict[str, Any], generation: int, device: bytes, index: int, where: Layout) -> None:
+    """Head and root must say the same of the device. Raises FormatError."""
+    if root["generation"] != generation:
+        raise FormatError("root and head disagree about the generation")
+    for row in root["members"]:
+        if row["uuid"] == device.hex():
+            said = (row["index"], *(row[name] for name in LAYOUT_KEYS))
+            if said != (index, *(getattr(where, name) for name in LAYOUT_KEYS)):
+                raise FormatError("root and head disagree about the device")
 
 
 def body_length(head: bytes) -> int:

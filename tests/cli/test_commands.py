@@ -58,7 +58,10 @@ def test_status_and_check(stripewell: Stripewell, served: bool) -> None:
     status = stripewell.json("pool", "status", "tank")
     assert [device["state"] for device in status["devices"]] == ["active"] * 3
     assert "healthy" in stripewell.ok("pool", "status", "tank")
-    assert stripewell.json("pool", "check", "tank") == {"name": "tank", "faults": []}
+    found = stripewell.json("pool", "check", "tank")
+    assert (found["name"], found["faults"], found["findings"]) == ("tank", [], [])
+    assert (found["checked"]["members"], found["checked"]["superblocks"]) == (3, 12)
+    assert "tank: no faults; looked at 3 members" in stripewell.ok("pool", "check", "tank")
 
 
 def test_looking_changes_nothing(stripewell: Stripewell) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from backends.base import Buffer
+from backends.base import BLOCK_SIZE, Buffer
 from backends.failures import check_buffers, check_range, gone
 from backends.fault_script import Script
 from backends.faults import FaultyDevice
 from pool import MemberSpec, Pool, PoolSpec, create_pool
+from pool.format.geometry import Layout
 from pool.mover import InlineMover
 
 KIB = 1024
@@ -119,6 +121,31 @@ async def open_pool(
         leaf_budget=leaf_budget,
         now=now,
     )
+
+
+def sound_root(where: Layout, members: int = 3, generation: int = 7) -> dict[str, Any]:
+    """A root as one of 2+1 on devices of this layout has it before its first checkpoint."""
+    keys = ("size", "root_bytes", "journal_offset", "journal_bytes", "slots_offset", "slots")
+    rows = [
+        {
+            "index": index, "uuid": bytes([index]).hex() * 16, "url": f"memory:{index}",
+            "state": "active", "reason": "", "class": "data", "labels": {},
+            "slot_blocks": where.slot_blocks, **{key: getattr(where, key) for key in keys},
+        }
+        for index in range(members)
+    ]  # fmt: skip
+    blocks = where.journal_bytes // BLOCK_SIZE
+    replicas = [{"member": index, "offset": where.journal_offset} for index in (0, 1)]
+    stream = {
+        "id": 1, "owner": "70" * 16, "blocks": blocks, "replicas": replicas, "replay": blocks,
+        "tail": blocks, "durable": blocks, "version": 0, "previous": 0,
+    }  # fmt: skip
+    return {
+        "name": "tank", "generation": generation, "parent": "", "writer": "0" * 32, "term": 3,
+        "code": {"data": 2, "parity": 1, "slot_blocks": where.slot_blocks}, "members": rows,
+        "streams": [stream], "checkpoint": {"width": 3, "top": [], "anchors": []},
+        "next": {"stripe": 1},
+    }  # fmt: skip
 
 
 async def read(pool: Pool, volume: str, offset: int, length: int) -> bytes:

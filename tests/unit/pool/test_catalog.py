@@ -80,10 +80,22 @@ def test_a_change_that_does_not_fit_is_refused(change: Any) -> None:
 @pytest.mark.parametrize(
     "data",
     [None, [], {}, {"volumes": 3}, {"volumes": [1]}, {"volumes": [{"name": "a"}]},
-     {"volumes": [], "layers": [{"id": 1, "color": "red"}]}, {"volumes": [], "layers": []}],
+     {"volumes": [], "layers": [{"id": 1, "color": "red"}]}, {"volumes": [], "layers": []},
+     *(sound | change for sound in [make_catalog("a", "b").to_json()] for change in (
+         {"next_volume": 2}, {"next_layer": 1}, {"next_layer": True}, {"layers": []},
+         {"volumes": sound["volumes"] * 2}, {"layers": sound["layers"] * 2}, {"volumes": []},
+         *({"volumes": [sound["volumes"][0] | wrong, sound["volumes"][1]]} for wrong in (
+             {"size": 4097}, {"size": 0}, {"size": 1 << 60}, {"name": "b"}, {"name": "../x"},
+             {"name": 7}, {"layer": 2}, {"layer": 9}, {"id": 2}, {"created": float("nan")},
+             {"created": "now"}, {"labels": []}, {"labels": {"a": 1}}, {"color": "red"},
+         )),
+         *({"layers": [sound["layers"][0] | wrong, sound["layers"][1]]} for wrong in (
+             {"parent": 1}, {"merged_into": 2}, {"dropped": 1}, {"dropped": True}, {"id": 0},
+         )),
+     ))],
 )  # fmt: skip
 def test_a_damaged_catalog_is_refused(data: Any) -> None:
-    with pytest.raises(FormatError, match="catalog is damaged"):
+    with pytest.raises(FormatError, match="^catalog"):
         Catalog.from_json(data)
 
 

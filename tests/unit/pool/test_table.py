@@ -63,7 +63,7 @@ def test_kill_takes_one_block_per_name_and_never_more_than_there_are() -> None:
     table.kill([5, 6, 5])
     assert (table.live_of(5), table.live_of(6)) == (1, 0)
     assert table.dead() == [6]
-    with pytest.raises(AssertionError):
+    with pytest.raises(FormatError, match="stripe 6 counts fewer live blocks"):
         table.kill([6])
     table.add_live(5, 1)
     assert table.live_of(5) == 2
@@ -103,10 +103,6 @@ def test_damaged_pages_are_refused() -> None:
         StripeTable.restore(3, {0: page[:-1]})
     twice = np.frombuffer(page, row_dtype(3)).copy()
     twice[1] = twice[0]
-    with pytest.raises(FormatError, match="damaged"):
-        StripeTable.restore(3, {0: memoryview(twice.tobytes())})
-    twice[1] = np.zeros((), row_dtype(3))
-    twice["data"][0] = 200
-    with pytest.raises(FormatError, match="damaged"):
+    with pytest.raises(FormatError, match="two rows"):
         StripeTable.restore(3, {0: memoryview(twice.tobytes())})
     assert len(StripeTable.restore(3, {})) == 0

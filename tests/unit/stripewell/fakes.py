@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pool import PoolError
+from pool.check import Report
 
 
 @dataclass
@@ -42,10 +43,13 @@ class FakePool:
             raise PoolError(f"there is no volume {name}")
         del self.made[name]
 
-    async def check(self, progress: Callable[[int, int], None]) -> list[str]:
+    async def check_report(self, progress: Callable[[int, int], None]) -> Report:
         progress(1, 2)
         progress(2, 2)
-        return self.faults
+        report = Report()
+        for text in self.faults:
+            report.wrong("live", text)
+        return report
 
     def status(self) -> dict[str, Any]:
         return {key: value for key, value in status(**self.changes).items() if key != "served"}

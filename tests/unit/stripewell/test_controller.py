@@ -46,8 +46,9 @@ async def test_results_are_json(controller: Controller) -> None:
 async def test_check_reports_progress(pool: FakePool, controller: Controller) -> None:
     pool.faults = ["stripe 7: shard 2 is bad"]
     seen: list[tuple[int, int]] = []
-    faults = await controller.call("pool.check", {}, lambda *pair: seen.append(pair))
-    assert faults == ["stripe 7: shard 2 is bad"]
+    report = await controller.call("pool.check", {}, lambda *pair: seen.append(pair))
+    assert report["faults"] == ["stripe 7: shard 2 is bad"]
+    assert [finding["severity"] for finding in report["findings"]] == ["wrong"]
     assert seen == [(1, 2), (2, 2)]
 
 

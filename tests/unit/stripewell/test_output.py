@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from pool.check import Report
 from stripewell import output
 from tests.unit.stripewell.fakes import status
 
@@ -46,3 +47,19 @@ def test_lists() -> None:
     }
     line = output.volume_list([volume]).splitlines()[1]
     assert line.startswith("tank/vm1  20 GiB  0 B   online")
+
+
+def test_check_tells_faults_remarks_and_what_was_looked_at() -> None:
+    report = Report()
+    report.degraded("block", "stripe 7: shard 2 is bad", stripe=7, shard=2)
+    report.lost("page", "leaf 3 is lost")
+    report.remark("device 1 missed a commit")
+    report.checked.stripes = 9
+    report.finish(1.25)
+    lines = output.pool_check("tank", report.to_json()).splitlines()
+    assert lines[:3] == [
+        "leaf 3 is lost",
+        "stripe 7: shard 2 is bad",
+        "remark: device 1 missed a commit",
+    ]
+    assert lines[3].startswith("tank: 2 faults; looked at 0 members, 9 stripes")
