@@ -32,7 +32,8 @@ from .oracle import Violation
 
 #: (device, slot) of a shard.
 Place = tuple[int, int]
-_HEADER_BYTES = 128
+#: How often it is tried to have all of the map in memory between two steps of maintenance.
+LOOKS = 20
 
 
 class Tap:
@@ -184,8 +185,20 @@ async def check_accounts(pool: Pool, *, at_rest: bool = False) -> None:
     `at_rest`: nothing is under way and a checkpoint was just written, so that nothing may be held
     that is not needed. Raises Violation."""
     state = pool.engine.state
+    if not at_rest:
+        await _load_all(pool)
+        _count(state, at_rest=False)
+        return
+    for _ in range(LOOKS):
+        await _load_all(pool)
+        if await pool.engine.at_rest(lambda: _resident(state) and _count(state, at_rest=True)):
+            return
+    raise Violation(f"leaves are paged out again and again, {LOOKS} times")
+
+
+def _count(state: State, *, at_rest: bool) -> bool:
+    """Compare all counts with a scan. No await: atomic."""
     _check_slots(state, at_rest=at_rest)
-    await _load_all(pool)
     state.settle()
     counts, mapped = _scan(state)
     if mapped != state.used:
@@ -200,6 +213,11 @@ async def check_accounts(pool: Pool, *, at_rest: bool = False) -> None:
             )
     if at_rest:
         _check_rest(state)
+    return True
+
+
+def _resident(state: State) -> bool:
+    return all(number in found.leaves for found in state.maps.values() for number in found.pointers)
 
 
 async def _load_all(pool: Pool) -> None:

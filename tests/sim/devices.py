@@ -347,8 +347,10 @@ class SimDevice:
 
     async def _end(self, op: str, action: Action | None, number: int, rest: float) -> None:
         self._world.finish(self, number)
-        await asyncio.sleep(rest)
-        self._world.check_alive(self)
+        # What was read is the same a moment later.
+        if op != "read" and self._world.rng.random() < 0.5:
+            await asyncio.sleep(rest)
+            self._world.check_alive(self)
         raise_after(self.url, op, action)
 
     def _land(self, write: Write) -> None:

@@ -3,7 +3,7 @@ which some things never happen lets others happen more often ("swarm testing")."
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from pool import failpoints
@@ -74,15 +74,18 @@ def draw(seed: int) -> Options:
         0 if name in silenced else weight * rng.choice((1, 1, 1, 4))
         for name, weight in zip(REQUESTS, _USUAL, strict=True)
     )
+    # Where the journal is tiny, everything else is checkpoints.
+    shape = rng.choice(SHAPES)
+    shape = replace(shape, journal_kib=rng.choice((shape.journal_kib, 192, 256)))
     return Options(
-        shape=rng.choice(SHAPES),
+        shape=shape,
         latency=rng.choice((0.0005, 0.002, 0.02)),
         network=rng.choice((0.0001, 0.001, 0.01)),
         cached=rng.choice((0.0, 0.5, 0.5, 1.0)),
         leaf_budget=rng.choice((1, 64 * KIB)),
         users=rng.randint(2, 5),
         connections=rng.randint(1, 3),
-        requests=rng.choice((100, 140, 200)),
+        requests=rng.choice((80, 110, 150)),
         volume_blocks=rng.choice((16, 80, 80, 80)),
         hot=rng.choice((0.1, 0.5, 1.0)),
         weights=weights,

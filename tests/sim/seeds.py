@@ -74,7 +74,7 @@ class _Run:
         self.rng = Random(f"life {seed}")
         self.rig = Rig(
             seed, self.options.shape, latency=self.options.latency,
-            leaf_budget=self.options.leaf_budget,
+            leaf_budget=self.options.leaf_budget, checks=0.4,
         )  # fmt: skip
         self.rig.world.cached = self.options.cached
         self.stage = Stage(self.rig, self.options)
