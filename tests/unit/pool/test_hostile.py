@@ -121,6 +121,7 @@ HOSTILE_ROOTS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "a journal over the superblocks": ((*MEMBER, "journal_offset"), 0),
     "a layout off the blocks": ((*MEMBER, "journal_bytes"), WHERE.journal_bytes - 1),
     "slots of another size": ((*MEMBER, "slot_blocks"), 8),
+    "a code wider than the table": (("code", "parity"), 2),
     "a width of 0": (("checkpoint", "width"), 0),
     "a width of 10^9": (("checkpoint", "width"), 10**9),
     "an anchor on an unknown device": ((*ANCHOR, 7, 0), 9),
