@@ -282,7 +282,13 @@ class Checkpoint:
         rows = state.table.snapshot()
         index = state.table.rows
         for pointer in self._replaced(frozen, directories):
-            rows["live"][index[pointer.stripe]] -= 1
+            at = index.get(pointer.stripe)
+            if at is None or not rows["live"][at]:
+                raise PoolStopped(
+                    f"stripe {pointer.stripe} counts fewer pages than are in use of it: run "
+                    "`stripewell pool check`, and report it"
+                )
+            rows["live"][at] -= 1
         dead = (rows["id"] != 0) & (rows["live"] == 0)
         ids: list[int] = rows["id"][dead].tolist()
         rows[dead] = np.zeros((), rows.dtype)

@@ -317,7 +317,7 @@ async def _page(reader: Reader, pointer: Pointer, kind: int, layer: int, number:
 def _take_table(state: State, found: Top, table: StripeTable) -> None:
     """Use the table, if there can be such rows. Raises FormatError."""
     state.table, state.table_pages = table, found.table
-    for stripe, text in bad_rows(all_rows(state), limits(state)):
+    for stripe, text in bad_rows(all_rows(state), limits(state, stored=True)):
         raise FormatError(f"stripe {stripe} {text}")
     state.forget_places()
 

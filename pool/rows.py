@@ -37,12 +37,14 @@ class Limits:
     slot_blocks: int
     #: Ids from here on were never given out (R1).
     next_stripe: int
+    #: Whether the rows are those of a checkpoint, which keeps no stripe without a live block.
+    stored: bool = False
 
 
-def limits(state: State) -> Limits:
-    """What rows of this pool are held against."""
+def limits(state: State, *, stored: bool = False) -> Limits:
+    """What rows of this pool are held against; `stored` ones are just read from a checkpoint."""
     slots = {index: member.layout.slots for index, member in state.members.items()}
-    return Limits(slots, state.slot_blocks, state.next_stripe)
+    return Limits(slots, state.slot_blocks, state.next_stripe, stored)
 
 
 def all_rows(state: State) -> Rows:
@@ -57,7 +59,7 @@ def as_rows(stripes: list[Stripe], width: int) -> Rows:
     rows["device"] = NOWHERE
     for row, stripe in zip(rows, stripes, strict=True):
         shape = stripe.shape
-        row["id"], row["kind"] = stripe.id, stripe.kind
+        row["id"], row["kind"], row["live"] = stripe.id, stripe.kind, 1
         row["data"], row["parity"] = shape.data, shape.parity
         row["header"], row["shard"] = shape.header_blocks, shape.shard_blocks
         for at, (device, slot) in enumerate(stripe.places):
@@ -95,6 +97,7 @@ def _shapes(used: Rows, limits: Limits) -> Iterator[tuple[Mask, str]]:
     yield wrong | (need > header * BLOCK_SIZE), "does not fit its slots"
     full = (used["kind"] == DATA) & (used["live"] > k * shard)
     yield full, "counts more live blocks than it has"
+    yield (used["live"] == 0) & limits.stored, "has no live block, and was kept"
 
 
 def _places(used: Rows, limits: Limits) -> Iterator[tuple[Mask, str]]:

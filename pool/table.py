@@ -168,8 +168,8 @@ class StripeTable:
         rows = self.rows
         live = self.live
         for stripe, count in zip(ids.tolist(), counts.tolist(), strict=True):
-            at = rows[stripe]
-            if live[at] < count:
+            at = rows.get(stripe)
+            if at is None or live[at] < count:
                 raise FormatError(f"stripe {stripe} counts fewer live blocks than the map had")
             live[at] -= count
 

@@ -56,14 +56,17 @@ def validate(root: object) -> None:
     fields.text("parent", NAME_MAX)
     fields.hex("writer", 32)
     term = fields.number("term", 0, TERM_MAX)
-    slot_blocks = _code(fields.below("code"))
+    shards, slot_blocks = _code(fields.below("code"))
     members = _members(fields, slot_blocks)
     _streams(fields, members, term)
     limit = fields.below("next").number("stripe", 1, STRIPE_MASK)
-    _checkpoint(fields.below("checkpoint"), members, slot_blocks, limit)
+    checkpoint = fields.below("checkpoint")
+    width = checkpoint.number("width", shards, MAX_DATA + MAX_PARITY)
+    _checkpoint(checkpoint, members, slot_blocks, width, limit)
 
 
-def _code(code: Fields) -> int:
+def _code(code: Fields) -> tuple[int, int]:
+    """Shards of a stripe, and blocks of a slot."""
     data = code.number("data", 1, MAX_DATA)
     parity = code.number("parity", 1, MAX_PARITY)
     slot_blocks = code.number("slot_blocks", 2, SLOT_BLOCKS_MAX)
@@ -71,7 +74,7 @@ def _code(code: Fields) -> int:
         geometry(data, parity, slot_blocks)
     except ValueError as error:
         raise FormatError(f"root.code: {error}") from None
-    return slot_blocks
+    return data + parity, slot_blocks
 
 
 # -- members ---------------------------------------------------------------------------------
@@ -160,9 +163,8 @@ def _replicas(stream: Fields, members: dict[int, _Member], blocks: int) -> None:
 
 
 def _checkpoint(
-    checkpoint: Fields, members: dict[int, _Member], slot_blocks: int, limit: int
+    checkpoint: Fields, members: dict[int, _Member], slot_blocks: int, width: int, limit: int
 ) -> None:
-    width = checkpoint.number("width", 2, MAX_DATA + MAX_PARITY)
     anchors: dict[int, int] = {}
     taken: set[tuple[int, int]] = set()
     for at, row in enumerate(checkpoint.items("anchors")):

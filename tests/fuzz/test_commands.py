@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import random
 from functools import cache
@@ -75,5 +76,7 @@ def test_commands_on_spoilt_devices(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # It takes longer than what pytest takes for a hang; the timeout above is the limit.
+    faulthandler.cancel_dump_traceback_later()
     for seed in range(1000, 1000 + MANY):
         trial(tmp_path / str(seed), seed, capsys)

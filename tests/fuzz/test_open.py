@@ -5,6 +5,7 @@ See `tests.fuzz.trial` for what counts. A failure names the seed of its mutation
 
 from __future__ import annotations
 
+import faulthandler
 import random
 from collections import Counter
 from functools import cache
@@ -56,5 +57,7 @@ def test_forgery(start: int) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("forged", [False, True], ids=["damage", "forgery"])
 def test_many(forged: bool) -> None:
+    # It takes longer than what pytest takes for a hang; the timeout above is the limit.
+    faulthandler.cancel_dump_traceback_later()
     endings = trials(10_000 + 10_000 * forged, MANY, forged=forged)
     assert sum(endings.values()) == 2 * MANY

@@ -42,6 +42,7 @@ from pool.table import Stripe
 
 from .loop import Deadlock
 from .oracle import Violation
+from .scenarios import flush_and_lose
 from .seeds import run_seed
 
 Patch = pytest.MonkeyPatch
@@ -59,16 +60,20 @@ class Broken:
     what: str
     make: Callable[[Patch], None]
     options: dict[str, Any] = field(default_factory=dict)
+    #: A fixed misfortune that each seed tries first, for what random lives seldom meet.
+    first: Callable[[int], None] | None = None
 
 
 ENGINES: dict[str, Broken] = {}
 
 
-def broken(rules: str, what: str, **options: Any) -> Callable[[Any], Any]:
+def broken(
+    rules: str, what: str, first: Callable[[int], None] | None = None, **options: Any
+) -> Callable[[Any], Any]:
     """Enter a mistake in the table."""
 
     def enter(make: Callable[[Patch], None]) -> Callable[[Patch], None]:
-        ENGINES[make.__name__] = Broken(rules, what, make, options)
+        ENGINES[make.__name__] = Broken(rules, what, make, options, first)
         return make
 
     return enter
@@ -87,7 +92,7 @@ def flush_early(patch: Patch) -> None:
     patch.setattr(Journal, "flush", flush)
 
 
-@broken("R5, P2", "a flush does not wait for one of the replicas", power=0.9)
+@broken("R5, P2", "a flush does not wait for one of the replicas", first=flush_and_lose)
 def one_replica_less(patch: Patch) -> None:
     def durable(self: Journal) -> int:
         reached = sorted(replica.synced for replica in self.replicas)
@@ -448,6 +453,8 @@ def catch(name: str, patch: Patch, limit: int = LIMIT) -> tuple[int, BaseExcepti
     engine.make(patch)
     for seed in range(limit):
         try:
+            if engine.first is not None:
+                engine.first(seed)
             run_seed(seed, **engine.options)
         except BaseException as error:
             found = [one for one in leaves(error) if isinstance(one, CAUGHT)]

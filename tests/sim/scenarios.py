@@ -114,6 +114,26 @@ async def _race(rig: Rig, client: Client, count: int) -> None:
         rig.mover.collecting.clear()
 
 
+def flush_and_lose(seed: int) -> None:
+    """Small writes are flushed, the power fails at once, and the device that took them first is
+    lost with it (P2): what a flush was answered for is on the others. Raises Violation."""
+    run(_flush_and_lose(seed))
+
+
+async def _flush_and_lose(seed: int) -> None:
+    rig = Rig(seed, SMALL)
+    await rig.create()
+    client = await rig.open()
+    await client.create("a", 256 << 10)
+    for block in range(seed % 7 + 1):
+        await client.write("a", block * BLOCK_SECTORS, BLOCK_SECTORS)
+    await client.flush("a")
+    primary = client.pool.engine.journal.replicas[0].member
+    rig.end_life(power=True, fate="lost")
+    rig.missing = rig.unlucky = {f"d{primary}"}
+    await rig.verify(await rig.open())
+
+
 #: A pool in which all of it can happen: one device is a store, one may fail.
 MIXED = Shape(2, 1, 5, device_kib=832, journal_kib=64, stores=1)
 FAILS = "d1"

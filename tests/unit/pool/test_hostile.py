@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from pool.table import DATA, META, NOWHERE, Stripe, StripeTable
 from tests.unit.pool.support import sound_root
 
 WHERE = layout(2 << 20, 64 << 10, 4)
-Change = Callable[[dict[str, Any]], None]
 
 # -- roots -----------------------------------------------------------------------------------
 
@@ -122,6 +121,7 @@ HOSTILE_ROOTS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "a journal over the superblocks": ((*MEMBER, "journal_offset"), 0),
     "a layout off the blocks": ((*MEMBER, "journal_bytes"), WHERE.journal_bytes - 1),
     "slots of another size": ((*MEMBER, "slot_blocks"), 8),
+    "a code wider than the table": (("code", "parity"), 2),
     "a width of 0": (("checkpoint", "width"), 0),
     "a width of 10^9": (("checkpoint", "width"), 10**9),
     "an anchor on an unknown device": ((*ANCHOR, 7, 0), 9),
@@ -237,6 +237,15 @@ def test_rows_that_cannot_be(column: str, value: Any, stripe: int, text: str) ->
     rows[column][at] = value
     rows = rows[np.argsort(rows["kind"] != DATA, kind="stable")]
     assert list(bad_rows(rows, LIMITS)) == [(stripe, text)]
+
+
+def test_a_checkpoint_keeps_no_stripe_without_a_live_block() -> None:
+    rows = table().snapshot()
+    rows["live"][np.flatnonzero(rows["id"] == 5)] = 0
+    assert list(bad_rows(rows, LIMITS)) == []
+    assert list(bad_rows(rows, replace(LIMITS, stored=True))) == [
+        (5, "has no live block, and was kept")
+    ]
 
 
 def test_what_is_behind_the_shards_of_a_row_means_nothing() -> None:

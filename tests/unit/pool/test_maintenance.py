@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pool.errors import DataLost
 from pool.maintenance import STEP_STRIPES, Situation, Step, decide
 from pool.state import RESERVE_STRIPES
 from tests.sim.loop import run
@@ -143,3 +144,29 @@ def test_a_large_batch_with_a_little_left_over_does_not_spin() -> None:
     counters = run(scenario())
     assert counters["destaged_extents"] >= 140
     assert counters["checkpoints"] <= 3
+
+
+def test_writers_do_not_wait_for_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be packed because a leaf cannot be read: a full journal is an error, no hang."""
+
+    async def lost(*_: object, **__: object) -> int:
+        raise DataLost("a page fails its checksum")
+
+    async def scenario() -> None:
+        disks = make_disks(4)
+        await make_pool(disks, 2, 1)
+        pool = await open_pool(disks)
+        await pool.create_volume("v", MIB)
+        monkeypatch.setattr("pool.maintenance.destage", lost)
+
+        async def fill() -> None:
+            for block in range(200):
+                data = memoryview(block.to_bytes(4, "little") * 1024)
+                await pool.volume("v").write(block * 4096, data)
+
+        with pytest.raises(OSError, match="full"):
+            await fill()
+        assert "fails its checksum" in pool.status()["problems"][0]
+        await pool.close()
+
+    run(scenario())
