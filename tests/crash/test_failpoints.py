@@ -42,8 +42,9 @@ DEVICES = 6
 DEVICE_SIZE = 8 << 20
 JOURNAL = 1 << 20
 SLOT = 64 << 10
-VOLUME = 12 << 20
-OLD = 4 << 20
+#: Little enough for five devices.
+VOLUME = 10 << 20
+OLD = 2 << 20
 BLOCK = 4096
 STORE = 12 << 20
 
@@ -109,9 +110,9 @@ class Tank:
 
     # -- clients and daemons -----------------------------------------------------------------
 
-    def begin(self, daemon: Daemon, volume: str = "vm1") -> None:
+    def begin(self, daemon: Daemon, volume: str = "vm1", flush_every: int = 60) -> None:
         """Clients begin to write."""
-        self.clients.start(Work(daemon.socket, volume, depth=8, flush_every=60))
+        self.clients.start(Work(daemon.socket, volume, depth=8, flush_every=flush_every))
 
     def end(self, volume: str = "vm1", *, errors: bool = False) -> None:
         """They end, or have; they may have seen no error."""
@@ -228,7 +229,8 @@ def lose_device(tank: Tank, plan: Plan) -> None:
     """The file of a journal replica is deleted."""
     daemon = tank.serve(plan)
     assert 0 in tank.run.json("pool", "status", "tank")["journal"]["replicas"]
-    tank.begin(daemon)
+    # So many flushes that the journal notices before the worker does.
+    tank.begin(daemon, flush_every=2)
     time.sleep(0.2)
     tank.paths[0].unlink()
     tank.excused = {0}
