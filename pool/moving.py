@@ -120,15 +120,19 @@ async def _write(
 
 
 async def _fetch(moving: Moving, part: Columns, bad: list[int], inline: dict[int, bytes]) -> None:
-    """Get the source blocks that the stripe writer could not read, by whatever redundancy there is.
+    """If the stripe writer could not read some source blocks, get all of them by whatever
+    redundancy there is: a device that fails now and then would spoil another attempt elsewhere.
 
     Raises DataLost."""
-    for at in bad:
-        location = int(part.locations[at])
-        try:
-            inline[location] = await moving.reader.run(location, [int(part.crcs[at])])
-        except KeyError as error:
-            raise DataLost(str(error)) from None
+    if not bad:
+        return
+    rows = zip(part.locations.tolist(), part.crcs.tolist(), strict=True)
+    for location, crc in rows:
+        if location not in inline:
+            try:
+                inline[location] = await moving.reader.run(location, [crc])
+            except KeyError as error:
+                raise DataLost(str(error)) from None
 
 
 async def note_failures(moving: Moving, outcome: Outcome) -> None:

@@ -42,7 +42,7 @@ from pool.table import Stripe
 
 from .loop import Deadlock
 from .oracle import Violation
-from .scenarios import flush_and_lose
+from .scenarios import flush_and_lose, fork
 from .seeds import run_seed
 
 Patch = pytest.MonkeyPatch
@@ -293,10 +293,7 @@ def one_is_a_quorum(patch: Patch) -> None:
     patch.setattr(membership, "quorum", lambda members, parity: 1)
 
 
-@broken(
-    "R19", "of two roots of one generation the rarer is taken", away=0.5, endings=("failpoint",),
-    failpoints=("root_after_member_before_next",),
-)  # fmt: skip
+@broken("R19", "of two roots of one generation the rarer is taken", first=fork)
 def wrong_fork(patch: Patch) -> None:
     def choose(found: Any) -> Any:
         items = list(found)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from random import Random
 
-from backends.fault_script import OPERATIONS, Fail, Rule, Vanish
+from backends.fault_script import OPERATIONS, Fail, Hang, Rule, Vanish
 from pool import failpoints
 
 from .devices import Crash, SimDevice
@@ -132,6 +132,51 @@ async def _flush_and_lose(seed: int) -> None:
     rig.end_life(power=True, fate="lost")
     rig.missing = rig.unlucky = {f"d{primary}"}
     await rig.verify(await rig.open())
+
+
+def fork(seed: int) -> None:
+    """A root reaches one device only, then the power fails; a life without that device commits
+    another root of the same generation and goes on; the device returns (R19). Raises Violation."""
+    run(_fork(seed))
+
+
+async def _fork(seed: int) -> None:
+    rig = Rig(seed, SMALL)
+    odd = rig.shape.names[-1]
+    with rig.watching():
+        await rig.create()
+        client = await rig.open()
+        await client.create("a", 256 << 10)
+        for block in range(seed % 3 + 1):
+            await client.write("a", block * BLOCK_SECTORS, BLOCK_SECTORS)
+        await client.flush("a")
+        rig.unlucky = {odd}
+        for name in rig.shape.names:
+            if name != odd:
+                root = Rule(frozenset({"write"}), Hang(), within=(0, 128 << 10))
+                rig.world.scripts[name].add(root)
+        rig.die_at("root_after_member_before_next", 1)
+        try:
+            await rig.world.run(client.pool.checkpoint())
+        except Crash:
+            rig.events["crashes"] += 1
+        rig.end_life(power=True, fate="lost")
+        for script in rig.world.scripts.values():
+            script.clear()
+        rig.missing, rig.dies_at = {odd}, None
+        client = await rig.open()
+        await client.verify(power_lost=True)
+        # So little that no other root is committed.
+        await client.write("a", 0, BLOCK_SECTORS)
+        await client.flush("a")
+        rig.end_life(power=True)
+        rig.missing = set()
+        client = await rig.open()
+        await client.verify(power_lost=True)
+        await client.write("a", 0, BLOCK_SECTORS)
+        await client.flush("a")
+        rig.events["forks"] += 1
+        rig.end_life(power=True)
 
 
 #: A pool in which all of it can happen: one device is a store, one may fail.
