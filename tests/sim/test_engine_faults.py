@@ -109,6 +109,30 @@ def test_no_client_sees_faults_within_the_budget(fault: str, shape: Shape) -> No
         assert any(events[name] for name in noticed), f"nobody noticed that {fault}"
 
 
+@pytest.mark.parametrize("shape", [WIDE, SMALL, TIGHT], ids=["4+2 on 6", "2+1 on 4", "2+1 on 3"])
+def test_reads_that_fail_now_and_then_stop_no_mover(shape: Shape) -> None:
+    """Each attempt at a stripe met other bad blocks, until the pool gave up."""
+
+    async def flaky_life() -> Counter[str]:
+        rig = Rig(4, shape)
+        rng = Random(6)
+        await rig.create()
+        client = await rig.open()
+        await client.create("a", BLOCKS * 4096)
+        rig.unlucky = set(rng.sample(shape.names[: shape.parity + 1], shape.parity))
+        for name in sorted(rig.unlucky):
+            rig.world.scripts[name].add(Rule(READS, Fail(), times=None, chance=0.85))
+        await work(client, rng, 150)
+        await client.flush("a")
+        rig.note_counters()
+        await client.pool.close()
+        return rig.events
+
+    events = run(flaky_life())
+    assert events["read_errors"] > 10
+    assert events["moved_blocks"] > 50
+
+
 async def rotting_life(shape: Shape, seed: int) -> Counter[str]:
     """Bits flip on the media of as many devices as parity can replace, everywhere but in the
     superblocks; nothing may be lost, and what is read must be repaired."""
