@@ -358,6 +358,9 @@ class Maintenance:
         """Nothing can be packed: whoever waits for room in the journal hears that the pool is full
         (P5), and the storage under full members is tried again after a while."""
         state = self._state
+        if state.gate.waiting:
+            # Space is on its way: it was let go of, and comes free when the last read of it ends.
+            return
         self.out_of_space = True
         state.journal.wake_writers()
         if any(m.full for m in state.active()) and self._clock() - self._full_at > FULL_SECONDS:
