@@ -14,14 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from .histogram import RARE, report
+from .histogram import RARE, RARE_IN_LIVES, report
 from .seeds import run_seed
 
 FRESH = int(os.environ.get("SEEDS", "12"))
+#: As many fresh ones in `make test`: enough for every rare event.
+MANY = int(os.environ.get("SEEDS", "120"))
 ONLY = os.environ.get("SEED")
 KNOWN = Path(__file__).with_name("seeds.txt")
 #: Each batch runs in a process of its own under xdist.
 BATCHES = 2
+#: Requests that clients make in a seed, at the least on average.
+REQUESTS = 150
 
 
 def known_seeds() -> list[int]:
@@ -37,19 +41,32 @@ def test_seeds_that_once_failed(batch: int) -> None:
     seeds = known_seeds()[batch::BATCHES]
     for seed in seeds:
         events.update(run_seed(seed).events)
-    names = ("journal_laps", "members_expelled", "returned_stale", "crashes_in_recovery")
-    wanted = {name: RARE[name] for name in names}
-    report(f"{len(seeds)} known seeds", events, wanted)
+    report(f"{len(seeds)} known seeds", events, {"checkpoints": RARE["checkpoints"]})
 
 
 def test_fresh_seeds() -> None:
+    events = live_through(1 if ONLY is not None else FRESH)
+    report("what happened", events, {"checkpoints": RARE["checkpoints"]})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(ONLY is not None, reason="SEED asks for one seed only")
+def test_many_fresh_seeds_go_through_everything_rare() -> None:
+    events = live_through(MANY)
+    report("what happened", events, RARE_IN_LIVES)
+    assert events["requests"] >= MANY * REQUESTS
+
+
+def live_through(count: int) -> Counter[str]:
+    """Fresh seeds, never the same ones; their events."""
     first = int(ONLY) if ONLY is not None else random.SystemRandom().randrange(1 << 32)
-    seeds = range(first, first + (1 if ONLY is not None else FRESH))
-    print(f"seeds {seeds[0]} to {seeds[-1]}")
+    print(f"seeds {first} to {first + count - 1}")
     events: Counter[str] = Counter()
-    for seed in seeds:
+    for seed in range(first, first + count):
         events.update(run_seed(seed).events)
-    report(f"{len(seeds)} fresh seeds", events, {"checkpoints": RARE["checkpoints"]})
+    print(f"{events['requests'] / count:.0f} requests per seed")
+    return events
 
 
 def test_same_seed_same_digest_in_every_process() -> None:
