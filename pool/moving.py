@@ -92,8 +92,11 @@ async def move(moving: Moving, blocks: Columns) -> int:
             if lost is not None:
                 raise lost
             return switched
-        # The pool may have narrowed: cut anew.
+        # The pool may have narrowed: cut anew. What needs more stripes now must not take those that
+        # the checkpoint needs to release any.
         pending = list(_cut(Columns.join(again), state.shape().blocks))
+        if len(pending) > max(1, state.free_stripes() - state.reserve_stripes()):
+            raise NoSpace("stripes have become narrower than the move was planned for")
     raise PoolStopped(f"stripes could not be written in {ATTEMPTS} attempts")
 
 

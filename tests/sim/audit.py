@@ -128,20 +128,26 @@ class Tap:
             )
 
     def _header(self, data: bytes) -> int | None:
-        """Judge the header of a shard by what was journaled; its stripe id."""
+        """Judge the header of a shard by what was journaled; its stripe id, or None for one that is
+        not whole: a repair may put back what rots beside the block that it mends."""
         if data[:8] != stripe_format.MAGIC:
             return None
         stripe, digest = int.from_bytes(data[32:40], "little"), data[52:68]
         known = self._stripes.get(stripe)
+        if known == digest:
+            return stripe
+        try:
+            header = stripe_format.decode(data)
+        except FormatError:
+            return None
         if known is None:
             self._stripes[stripe] = digest
-            self._blocks(stripe, data)
-        elif known != digest:
+            self._blocks(header)
+        else:
             self._blame(f"R1: stripe id {stripe} was used for two stripes")
         return stripe
 
-    def _blocks(self, stripe: int, data: bytes) -> None:
-        header = stripe_format.decode(data)
+    def _blocks(self, header: stripe_format.Header) -> None:
         if header.kind != stripe_format.KIND_DATA:
             return
         table = header.contents
@@ -152,8 +158,8 @@ class Tap:
         for layer, block, version, crc in list(rows)[: header.used]:
             if self._written.get((layer, block, version)) != crc:
                 self._blame(
-                    f"R12, R13: stripe {stripe} has block {block} of layer {layer} with version "
-                    f"{version:#x} and checksum {crc:#x}, which no record has"
+                    f"R12, R13: stripe {header.stripe} has block {block} of layer {layer} with "
+                    f"version {version:#x} and checksum {crc:#x}, which no record has"
                 )
 
     def _places(self) -> dict[Place, int]:

@@ -91,7 +91,7 @@ class Client:
         ops = self._pieces(name, first, count)
         data = b"".join([stamp(op.id, op.first, op.end) for op in ops])
         try:
-            await self.port.write(name, first * SECTOR, data, fua=fua)
+            await self.port.write(name, first * SECTOR, data, fua=fua, resent=lambda: _unchain(ops))
         except OSError as error:
             self._refused(name, ops, error)
             return
@@ -127,7 +127,7 @@ class Client:
         assert not count % BLOCK_SECTORS
         op = self._oracle.begin(name, first, first + count, zero=True)
         try:
-            await self.port.zero(name, first * SECTOR, count * SECTOR, no_hole)
+            await self.port.zero(name, first * SECTOR, count * SECTOR, no_hole, resent=lambda: None)
         except OSError as error:
             self._refused(name, [op], error)
             return
@@ -183,3 +183,10 @@ class Client:
             await volume.read(0, memoryview(data))
             lost = self._oracle.check_recovered(name, bytes(data), power_lost=power_lost)
             self.events["lost_unflushed"] += lost
+
+
+def _unchain(ops: list[Op]) -> None:
+    """A request that is sent again may have been carried out in part before: its pieces are not
+    seen in order any more."""
+    for op in ops:
+        op.after = None

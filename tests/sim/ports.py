@@ -29,11 +29,16 @@ ANSWER_SECONDS = 5000.0
 class Port(Protocol):
     """What clients do with volumes; offsets and lengths in bytes."""
 
-    async def write(self, name: str, offset: int, data: bytes, *, fua: bool = False) -> bool:
-        """Returns whether it was sent more than once: its effect may have come twice."""
+    async def write(
+        self, name: str, offset: int, data: bytes, *, fua: bool, resent: Callable[[], None]
+    ) -> None:
+        """`resent` is called when it is sent again: its effect may come twice then."""
 
-    async def zero(self, name: str, offset: int, length: int, no_hole: bool | None) -> bool:
-        """Trim (`no_hole` None) or write zeros; returns as `write` does."""
+    async def zero(
+        self, name: str, offset: int, length: int, no_hole: bool | None, *,
+        resent: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Trim (`no_hole` None) or write zeros; `resent` as for `write`."""
 
     async def flush(self, name: str) -> None: ...
 
@@ -50,7 +55,9 @@ class DirectPort:
         self._pool = pool
         self._rng = rng
 
-    async def write(self, name: str, offset: int, data: bytes, *, fua: bool = False) -> bool:
+    async def write(
+        self, name: str, offset: int, data: bytes, *, fua: bool, resent: Callable[[], None]
+    ) -> None:
         volume = self._pool.volume(name)
         view = memoryview(data)
         if self._rng.random() < 0.5 and volume.try_write(offset, view):
@@ -59,15 +66,16 @@ class DirectPort:
             await volume.write(offset, view)
         if fua:
             await volume.flush()
-        return False
 
-    async def zero(self, name: str, offset: int, length: int, no_hole: bool | None) -> bool:
+    async def zero(
+        self, name: str, offset: int, length: int, no_hole: bool | None, *,
+        resent: Callable[[], None],
+    ) -> None:  # fmt: skip
         volume = self._pool.volume(name)
         if no_hole is None:
             await volume.trim(offset, length)
         else:
             await volume.write_zeroes(offset, length, no_hole=no_hole)
-        return False
 
     async def flush(self, name: str) -> None:
         await self._pool.volume(name).flush()
@@ -104,20 +112,25 @@ class NbdPort:
         self._wanted = connections
         self._open: dict[str, list[Connection]] = {}
 
-    async def write(self, name: str, offset: int, data: bytes, *, fua: bool = False) -> bool:
+    async def write(
+        self, name: str, offset: int, data: bytes, *, fua: bool, resent: Callable[[], None]
+    ) -> None:
         flags = wire.FUA if fua else 0
-        return (await self._ask(name, wire.WRITE, offset, len(data), flags, data))[1]
+        await self._ask(name, wire.WRITE, offset, len(data), flags, data, resent=resent)
 
-    async def zero(self, name: str, offset: int, length: int, no_hole: bool | None) -> bool:
+    async def zero(
+        self, name: str, offset: int, length: int, no_hole: bool | None, *,
+        resent: Callable[[], None],
+    ) -> None:  # fmt: skip
         kind = wire.TRIM if no_hole is None else wire.ZEROES
         flags = wire.NO_HOLE if no_hole else 0
-        return (await self._ask(name, kind, offset, length, flags))[1]
+        await self._ask(name, kind, offset, length, flags, resent=resent)
 
     async def flush(self, name: str) -> None:
         await self._ask(name, wire.FLUSH)
 
     async def read(self, name: str, offset: int, length: int) -> bytes:
-        return (await self._ask(name, wire.READ, offset, length))[0].data
+        return (await self._ask(name, wire.READ, offset, length)).data
 
     async def status(self, name: str, offset: int, length: int) -> list[tuple[int, int]]:
         for connection in self._open.get(name, ()):
@@ -146,9 +159,9 @@ class NbdPort:
 
     async def _ask(
         self, name: str, kind: int, offset: int = 0, length: int = 0, flags: int = 0,
-        payload: bytes = b"",
-    ) -> tuple[wire.Answer, bool]:  # fmt: skip
-        """The answer, and whether the request was sent more than once. Raises OSError."""
+        payload: bytes = b"", resent: Callable[[], None] = lambda: None,
+    ) -> wire.Answer:  # fmt: skip
+        """The answer. Raises OSError."""
         async with asyncio.timeout(ANSWER_SECONDS):
             for tries in range(RESENDS):
                 try:
@@ -156,13 +169,14 @@ class NbdPort:
                     answer = await connection.request(kind, offset, length, flags, payload)
                 except ConnectionError:
                     self._events["resent"] += 1
+                    resent()
                     continue
                 except UnknownExport:
                     raise OSError(errno.ESHUTDOWN, f"no export {name}") from None
                 if answer.error:
                     text = answer.text or os.strerror(answer.error)
                     raise Refused(answer.error, text, resent=tries > 0)
-                return answer, tries > 0
+                return answer
         raise AssertionError(f"{RESENDS} connections to {name} were lost one after the other")
 
     async def _connection(self, name: str) -> Connection:
