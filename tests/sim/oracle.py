@@ -248,8 +248,7 @@ class _Puzzle:
             except Violation as violation:
                 first = first or violation
                 late = violation.late
-            if late is not None and self.zero[late] and (self.writer == late).any():
-                self.barred[late] |= self.writer == late
+            if late is not None and self._bar_elsewhere(late):
                 continue
             guesses = np.flatnonzero(self.included & self.zero & ~forced)
             if not len(guesses):
@@ -258,6 +257,25 @@ class _Puzzle:
             self.barred[wrong or [max(guesses.tolist(), key=lambda i: self.issued[i])]] = True
         assert first is not None
         raise first
+
+    def _bar_elsewhere(self, late: int) -> bool:
+        """An operation came too late because a zeroing, itself or one seen under it, was taken for
+        zeros that must be younger: bar it there. False if that is not why."""
+        if self.zero[late]:
+            here = self.writer == late
+            self.barred[late] |= here
+            return bool(here.any())
+        under = self.covers[:, self.writer == late].any(axis=1) & self.zero
+        young = self.included & (self.moment >= self.acked[late])
+        young[late] = False
+        done = False
+        for i in np.flatnonzero(under & (self.moment > self.acked[late])).tolist():
+            others = young.copy()
+            others[i] = False
+            here = (self.covers & others[:, None]).any(axis=0) & (self.writer == i)
+            self.barred[i] |= here
+            done = done or bool(here.any())
+        return done
 
     def _impossible(self, zeroing: int) -> bool:
         """Whether something is seen under a zeroing that was over before it was issued."""

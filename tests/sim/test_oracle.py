@@ -127,3 +127,15 @@ def test_zeros_may_come_from_a_later_zeroing_than_the_first_that_fits() -> None:
     oracle.begin("v", 0, 2, zero=True)
     second = oracle.begin("v", 0, 1, zero=True)
     assert oracle.check_recovered("v", written(second, old), power_lost=False) == 0
+
+
+def test_one_zeroing_may_be_what_is_seen_here_and_not_there() -> None:
+    """A later zeroing covers part of the first one: what is seen beside it was written between."""
+    oracle = volume()
+    first = oracle.begin("v", 0, 3, zero=True)
+    seen = do(oracle, 2, 3)
+    between = do(oracle, 0, 1)
+    oracle.acknowledge([first])
+    second = do(oracle, 0, 1, zero=True)
+    assert between.acked < second.issued
+    assert oracle.check_recovered("v", written(second, first, seen), power_lost=False) == 0
