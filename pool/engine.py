@@ -51,8 +51,9 @@ class Engine:
         self._kick_at = 0
         blocks = max(1, state.journal_blocks // 8)
         #: Journal blocks that only trims, deletes and the like may use: they go on when the pool is
-        #: full (P5).
-        self.headroom = max(2, min(64, state.journal_blocks // 64))
+        #: full (P5). The last of them are for deletes alone.
+        self.headroom = max(6, min(64, state.journal_blocks // 64))
+        self.last_room = max(2, self.headroom // 4)
         self.piece_bytes = min(PIECE_BYTES, blocks * BLOCK_SIZE)
 
     @property
@@ -137,6 +138,8 @@ class Engine:
         """Journal a catalog change, sync it, and only then let anybody see it done (R7)."""
         text = json.dumps(change, sort_keys=True).encode()
         blocks = -(-len(text) // BLOCK_SIZE)
+        if change["do"] != "delete":
+            blocks += self.last_room
         while not self.journal.room(blocks):
             await self.wait_room(blocks)
         if self.staged:

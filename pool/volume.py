@@ -372,8 +372,8 @@ class Volume:
             self._check_open()
             if self._engine.staged:
                 self._engine.commit()
-            if not self._engine.journal.room(0):
-                await self._engine.wait_room(0)
+            if not self._engine.journal.room(self._engine.last_room):
+                await self._engine.wait_room(self._engine.last_room)
                 continue
             if kind == KIND_ZERO:
                 state = self._state

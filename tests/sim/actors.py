@@ -25,7 +25,7 @@ from backends.fault_script import (
     ShortRead,
     Vanish,
 )
-from pool.errors import PoolError, PoolStopped
+from pool.errors import PoolError, PoolFull, PoolStopped
 
 from .clients import BLOCK_SECTORS, Client
 from .devices import SimDevice
@@ -56,9 +56,15 @@ class Stage:
     #: More devices fail than parity can replace: errors are right as long as they are honest.
     beyond: bool = False
 
+    @property
+    def last_name(self) -> str:
+        """The volume that was created last, or was to be."""
+        return f"v{self.serial}"
+
     async def new_volume(self, client: Client) -> str:
+        """Create a volume under a name that was never used. Raises PoolFull."""
         self.serial += 1
-        name = f"v{self.serial}"
+        name = self.last_name
         await client.create(name, self.options.volume_blocks * BLOCK)
         return name
 
@@ -140,7 +146,14 @@ async def operator(stage: Stage, client: Client, rng: Random) -> None:
 async def _replace(stage: Stage, client: Client, rng: Random) -> None:
     """A new volume for an old one, which is deleted under its users."""
     victim = rng.choice(stage.names)
-    stage.names.append(await stage.new_volume(client))
+    try:
+        stage.names.append(await stage.new_volume(client))
+    except PoolFull:
+        # Right for a pool that is full, if only since it has lost devices; deletes must go on (P5).
+        stage.rig.events["creates_refused"] += 1
+        stage.rig.oracle.forget(stage.last_name)
+        if len(stage.names) == 1:
+            return
     stage.names.remove(victim)
     await client.delete(victim)
     if stage.rig.server is not None:

@@ -92,6 +92,11 @@ class Oracle:
         """A volume of `size` bytes is being created."""
         self.volumes[name] = History(np.zeros(size // SECTOR, np.int64))
 
+    def forget(self, name: str) -> None:
+        """A volume was not created after all, as its creator was told."""
+        self.volumes.pop(name, None)
+        self.uncertain.discard(name)
+
     def begin(
         self, name: str, first: int, end: int, *, zero: bool = False, after: Op | None = None
     ) -> Op:

@@ -25,7 +25,7 @@ from random import Random
 from typing import Any
 
 from backends.fault_script import OPERATIONS, READS, WRITES, Fail, Rule, Vanish
-from pool.errors import PoolError
+from pool.errors import PoolError, PoolFull
 
 from .actors import Stage, cable, mischief, operator, user
 from .audit import check_accounts, check_stores, contents
@@ -131,7 +131,12 @@ class _Run:
         assert client is not None
         stage.names = [info.name for info in client.pool.volumes()]
         while len(stage.names) < 2:
-            stage.names.append(await stage.new_volume(client))
+            try:
+                stage.names.append(await stage.new_volume(client))
+            except PoolFull:
+                rig.oracle.forget(stage.last_name)
+                assert stage.names, "a pool without volumes cannot be full"
+                break
         rig.serve()
         client.port = port = rig.nbd_port(
             self.fork(), latency=options.network, connections=options.connections

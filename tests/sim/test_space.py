@@ -36,3 +36,31 @@ def test_writers_wait_for_space_that_a_read_still_pins() -> None:
 async def overwrite(client: Client, count: int) -> None:
     for i in range(count):
         await client.write("a", i % 60 * BLOCK_SECTORS, BLOCK_SECTORS)
+
+
+def test_a_delete_finds_room_where_nothing_else_does() -> None:
+    """P5: the journal is full of what cannot be packed; deleting a volume must go on."""
+
+    async def scenario() -> None:
+        rig = Rig(2, SMALL)
+        await rig.create()
+        client = await rig.open()
+        await client.create("a", 256 << 10)
+        await client.create("b", 256 << 10)
+        journal = client.pool.engine.journal
+        with client.pool.engine.state.gate.inside():
+            # Nothing in the journal can be released, and everything else uses it up.
+            users = [asyncio.ensure_future(overwrite(client, 100))]
+            for i in range(20):
+                trim = client.zero("a", i * BLOCK_SECTORS, BLOCK_SECTORS)
+                users.append(asyncio.ensure_future(trim))
+                create = client.pool.create_volume(f"v{i}", 4096)
+                users.append(asyncio.ensure_future(create))
+                await asyncio.sleep(0.01)
+            assert not journal.room(2)
+            async with asyncio.timeout(60):
+                await client.delete("b")
+        await asyncio.gather(*users)
+        await client.pool.close()
+
+    run(scenario())
