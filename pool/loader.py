@@ -44,23 +44,30 @@ class Loader:
         try:
             for start in range(0, len(missing), PARALLEL):
                 part = missing[start : start + PARALLEL]
-                await asyncio.gather(*(self._load(*item) for item in part))
+                await asyncio.gather(*(self._load(layer, number) for _, layer, number in part))
         finally:
             self._pinned -= Counter(wanted)
         return True
 
-    async def _load(self, pointer: page.Pointer, layer: int, number: int) -> None:
+    async def _load(self, layer: int, number: int) -> None:
+        """Read one leaf from where it is now: since it was found missing, a checkpoint may have put
+        it elsewhere, and may do so again while it is read."""
+        layer_map = self._state.maps.get(layer)
+        pointer = layer_map.pointers.get(number) if layer_map is not None else None
+        if pointer is None:
+            return
         found = await self._reader.page(pointer, page.KIND_LEAF)
         if (found.layer, found.number) != (layer, number):
             raise DataLost(f"page of layer {found.layer} found where {layer} was expected")
+        layer_map = self._state.maps.get(layer)
+        if layer_map is None or layer_map.pointers.get(number) != pointer:
+            return
         try:
             leaf = Leaf.decode(found.form, found.body)
             check_leaf(leaf, self._state.table)
         except FormatError as error:
             raise DataLost(f"leaf {number} of layer {layer}: {error}") from None
-        layer_map = self._state.maps.get(layer)
-        if layer_map is not None:
-            layer_map.install(number, leaf, pointer)
+        layer_map.install(number, leaf, pointer)
         self._state.counters["leaves_loaded"] += 1
 
     def trim_memory(self) -> None:

@@ -28,10 +28,11 @@ class Connection:
     """One connection to one export. `alive` raises when the process that serves it is dead."""
 
     def __init__(
-        self, server: Server, rng: Random, latency: float, alive: Callable[[], None], name: str
-    ) -> None:
+        self, server: Server, rng: Random, latency: float, buffer: int,
+        alive: Callable[[], None], name: str,
+    ) -> None:  # fmt: skip
         self._loop = asyncio.get_running_loop()
-        self._link = Link(self._loop, rng, latency, alive, self._received, self._lost)
+        self._link = Link(self._loop, rng, latency, buffer, alive, self._received, self._lost)
         self.name = name
         self.structured = rng.random() < 0.7
         self.size = 0

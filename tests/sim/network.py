@@ -14,9 +14,6 @@ from functools import partial
 from random import Random
 from typing import Any
 
-#: Room of a socket's send buffer: small, so that replies have to wait.
-BUFFER_BYTES = 24 << 10
-
 
 class SimSocket:
     """The server's end. It has the methods of `socket.socket` that server and sessions call."""
@@ -95,14 +92,16 @@ class SimSocket:
 
 
 class Link:
-    """Both directions of one connection. `received` is told what arrives at the client, `lost` that
-    nothing more will."""
+    """Both directions of one connection. The server's socket takes `buffer` bytes before some have
+    arrived: little, so that replies have to wait. `received` is told what arrives at the client,
+    `lost` that nothing more will."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         rng: Random,
         latency: float,
+        buffer: int,
         alive: Callable[[], None],
         received: Callable[[bytes], None],
         lost: Callable[[], None],
@@ -114,6 +113,7 @@ class Link:
         self.broken = False
         self._rng = rng
         self._latency = latency
+        self._buffer = buffer
         self._alive = alive
         self._received = received
         self._lost = lost
@@ -123,7 +123,7 @@ class Link:
     @property
     def room(self) -> int:
         """Bytes that the server can send now."""
-        return BUFFER_BYTES if self.hung_up else BUFFER_BYTES - self._under_way
+        return self._buffer if self.hung_up else self._buffer - self._under_way
 
     def send(self, data: bytes) -> None:
         """The client sends: in pieces, each a little later."""

@@ -39,6 +39,8 @@ class Options:
     #: Longest time of a device operation, and of bytes on their way, in virtual seconds.
     latency: float
     network: float
+    #: Bytes that a socket takes before the client has received some.
+    socket: int
     #: Chance that a read finds its data in the page cache.
     cached: float
     leaf_budget: int
@@ -81,6 +83,7 @@ def draw(seed: int) -> Options:
         shape=shape,
         latency=rng.choice((0.0005, 0.002, 0.02)),
         network=rng.choice((0.0001, 0.001, 0.01)),
+        socket=rng.choice((2 * KIB, 24 * KIB)),
         cached=rng.choice((0.0, 0.5, 0.5, 1.0)),
         leaf_budget=rng.choice((1, 64 * KIB)),
         users=rng.randint(2, 5),

@@ -100,6 +100,7 @@ class NbdPort:
         rng: Random,
         *,
         latency: float,
+        buffer: int,
         alive: Callable[[], None],
         events: Counter[str],
         connections: int,
@@ -107,6 +108,7 @@ class NbdPort:
         self._server = server
         self._rng = rng
         self._latency = latency
+        self._buffer = buffer
         self._alive = alive
         self._events = events
         self._wanted = connections
@@ -154,7 +156,7 @@ class NbdPort:
     def babble(self, rng: Random) -> None:
         """Somebody connects and talks nonsense; that is his connection's end, and nobody else's."""
         self._events["babblers"] += 1
-        stranger = Connection(self._server, rng, self._latency, self._alive, "")
+        stranger = Connection(self._server, rng, self._latency, self._buffer, self._alive, "")
         stranger.garbage(rng.randbytes(rng.randrange(1, 300)))
 
     async def _ask(
@@ -182,7 +184,9 @@ class NbdPort:
     async def _connection(self, name: str) -> Connection:
         known = [one for one in self._open.get(name, ()) if not one.lost]
         if len(known) < self._wanted and (not known or self._rng.random() < 0.5):
-            one = Connection(self._server, self._rng, self._latency, self._alive, name)
+            one = Connection(
+                self._server, self._rng, self._latency, self._buffer, self._alive, name
+            )
             await one.negotiate()
             known.append(one)
             self._events["connections"] += 1

@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from random import Random
 
-from backends.fault_script import OPERATIONS, Fail, Hang, Rule, Vanish
+from backends.fault_script import OPERATIONS, Delay, Fail, Hang, Rule, Vanish
 from pool import failpoints
 
 from .devices import Crash, SimDevice
 from .loop import run
+from .oracle import SECTOR
 from .world import BLOCK_SECTORS, SMALL, WIDE, Client, Rig, Shape
 
 Scenario = Callable[[Rig, Client], Awaitable[None]]
@@ -132,6 +133,36 @@ async def _flush_and_lose(seed: int) -> None:
     rig.end_life(power=True, fate="lost")
     rig.missing = rig.unlucky = {f"d{primary}"}
     await rig.verify(await rig.open())
+
+
+def delete_under_reads(seed: int) -> None:
+    """A volume is deleted while the journal's devices are slow; until that is durable, whoever
+    reads it finds it whole (R23). Raises Violation."""
+    run(_delete_under_reads(seed))
+
+
+async def _delete_under_reads(seed: int) -> None:
+    rig = Rig(seed, SMALL)
+    await rig.create()
+    client = await rig.open()
+    await client.create("a", 256 << 10)
+    for block in range(seed % 7 + 4):
+        await client.write("a", block * BLOCK_SECTORS, BLOCK_SECTORS)
+    await client.flush("a")
+    volume = client.pool.volume("a")
+    for name in rig.shape.names:
+        rig.world.scripts[name].add(Rule(frozenset({"sync"}), Delay(5.0), times=None))
+        rig.world.scripts[name].add(Rule(frozenset({"write"}), Delay(5.0), times=None))
+    deletion = asyncio.ensure_future(client.delete("a"))
+    for block in range(4):
+        await asyncio.sleep(0.5)
+        begun = rig.oracle.tick()
+        data = bytearray(BLOCK_SECTORS * SECTOR)
+        await volume.read(block * len(data), memoryview(data))
+        assert not deletion.done()
+        rig.oracle.check_read("a", block * BLOCK_SECTORS, data, begun)
+    await deletion
+    rig.end_life(power=False)
 
 
 def fork(seed: int) -> None:

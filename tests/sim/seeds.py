@@ -139,8 +139,9 @@ class _Run:
                 break
         rig.serve()
         client.port = port = rig.nbd_port(
-            self.fork(), latency=options.network, connections=options.connections
-        )
+            self.fork(), latency=options.network, buffer=options.socket,
+            connections=options.connections,
+        )  # fmt: skip
         async with asyncio.TaskGroup() as group:
             for _ in range(options.users):
                 work = user(stage, client, self.fork(), options.requests // options.users)

@@ -151,12 +151,12 @@ class Rig:
         )
         return self.server
 
-    def nbd_port(self, rng: Random, *, latency: float, connections: int) -> NbdPort:
+    def nbd_port(self, rng: Random, *, latency: float, buffer: int, connections: int) -> NbdPort:
         """A way to the volumes through the server."""
         assert self.server is not None
         return NbdPort(
-            self.server, rng, latency=latency, alive=self.alive, events=self.events,
-            connections=connections,
+            self.server, rng, latency=latency, buffer=buffer, alive=self.alive,
+            events=self.events, connections=connections,
         )  # fmt: skip
 
     def alive(self) -> None:
