@@ -6,6 +6,7 @@ FAILPOINT=name:n:power|kill   the workload `everything`, ended at the nth pass o
 --seeds n                     n fresh seeds, every crash of the brief workload, every failpoint
 --forever                     fresh seeds and random crashes, until interrupted or for MINUTES
 --first n                     seeds from n on instead of fresh ones
+--lives                       the seeds alone, and it is a failure if something rare never happens
 
 As many processes as there are processors (JOBS=n) work on it. A case that takes too long counts as
 failed. The last lines say how often rare things happened.
@@ -40,7 +41,7 @@ CASE_SECONDS = 120
 PROGRESS = 100
 
 
-def cases(seeds: int, first: int, *, forever: bool) -> Iterator[str]:
+def cases(seeds: int, first: int, *, forever: bool, lives: bool) -> Iterator[str]:
     """What to run, as variables of the environment that repeat it."""
     for name in ("SEED", "CRASH", "FAILPOINT"):
         if name in os.environ:
@@ -53,6 +54,8 @@ def cases(seeds: int, first: int, *, forever: bool) -> Iterator[str]:
         yield f"SEED={seed}"
         if forever and seed % 20 == 0:
             yield f"CRASH={rng.choice(list(SCENARIOS))}:{rng.randrange(1, OPERATIONS_MAX)}"
+    if lives:
+        return
     yield from (f"CRASH=brief:{nth}" for nth in range(1, BRIEF_OPERATIONS))
     yield from (f"CRASH=eventful:{rng.randrange(1, OPERATIONS_MAX)}" for _ in range(seeds))
     counts = passes()
@@ -89,13 +92,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--first", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--forever", action="store_true")
+    parser.add_argument("--lives", action="store_true")
     options = parser.parse_args()
     deadline = time.monotonic() + float(os.environ.get("MINUTES", "inf")) * 60
     jobs = int(os.environ.get("JOBS", os.cpu_count() or 1))
     events: Counter[str] = Counter()
     failed = done = 0
     print(f"seeds from {options.first} on, {jobs} processes", flush=True)
-    todo = cases(options.seeds, options.first, forever=options.forever)
+    todo = cases(options.seeds, options.first, forever=options.forever, lives=options.lives)
     with Pool(jobs, maxtasksperchild=200) as workers:
         try:
             for case, found, trouble in workers.imap_unordered(run_case, todo):
@@ -118,6 +122,10 @@ def main() -> int:
     print(table(events, RARE_IN_LIVES))
     if unreached := never_reached(events):
         print(f"failpoints that nothing came by: {', '.join(unreached)}")
+    never = [text for name, text in RARE_IN_LIVES.items() if not events[name]]
+    if options.lives and never:
+        print(f"never happened: {', '.join(never)}")
+        return 1
     return 1 if failed else 0
 
 

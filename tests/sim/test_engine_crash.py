@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from .histogram import RARE, report
-from .scenarios import SCENARIOS, crash_at
+from .scenarios import SCENARIOS, crash_at, flush_and_lose, fork
 
 #: (workload, first operation, stride).
 STRIDES = [("brief", 1, 17), ("brief", 7, 17), ("eventful", 3, 331), ("eventful", 41, 211)]
@@ -46,3 +46,13 @@ def test_the_workload_goes_through_everything_rare(name: str) -> None:
     assert events["checkpoints"] >= 1
     assert events["trims_overwritten"] >= 1
     assert events["slots_reused"] >= 1
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_what_was_flushed_survives_the_loss_of_the_first_replica(seed: int) -> None:
+    flush_and_lose(seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_roots_of_one_generation_the_committed_one_counts(seed: int) -> None:
+    fork(seed)

@@ -29,6 +29,7 @@ from backends.fault_script import (
 )
 from pool.errors import PoolError
 
+from .devices import SimDevice
 from .loop import run
 from .world import BLOCK_SECTORS, SMALL, TIGHT, WIDE, Client, Rig, Shape
 
@@ -133,6 +134,41 @@ def test_reads_that_go_wrong_now_and_then_stop_no_mover(shape: Shape) -> None:
     assert events["moved_blocks"] > 50
 
 
+def test_a_repair_that_hangs_holds_up_nobody() -> None:
+    """It pinned journal and slots for ever, until nothing could be written any more."""
+
+    async def life() -> Counter[str]:
+        rig = Rig(4, SMALL)
+        rng = Random(6)
+        await rig.create()
+        client = await rig.open()
+        await client.create("a", BLOCKS * 4096)
+        await work(client, rng, 60)
+        await client.pool.checkpoint()
+        rig.unlucky = {"d1"}
+        device = rig.devices["d1"]
+        assert isinstance(device, SimDevice)
+        rot_shards(device, rng)
+        device.script.add(Rule(frozenset({"write"}), Hang(), times=None))
+        for first in range(0, BLOCKS * BLOCK_SECTORS, 64):
+            await client.read("a", first, 64)
+        async with asyncio.timeout(900):
+            await work(client, rng, 100)
+        rig.note_counters()
+        await client.pool.close()
+        return rig.events
+
+    events = run(life())
+    assert events["bad_blocks"]
+    assert events["members_expelled"] == 1
+
+
+def rot_shards(device: SimDevice, rng: Random) -> None:
+    """Flip a bit in every block behind the superblocks."""
+    for offset in range(128 << 10, device.size - (128 << 10), 4096):
+        device.rot(offset + rng.randrange(4096), 1 << rng.randrange(8))
+
+
 async def rotting_life(shape: Shape, seed: int) -> Counter[str]:
     """Bits flip on the media of as many devices as parity can replace, everywhere but in the
     superblocks; nothing may be lost, and what is read must be repaired."""
@@ -146,8 +182,8 @@ async def rotting_life(shape: Shape, seed: int) -> Counter[str]:
     rig.unlucky = set(rng.sample(shape.names, shape.parity))
     for name in sorted(rig.unlucky):
         device = rig.devices[name]
-        for offset in range(128 << 10, device.size - (128 << 10), 4096):
-            device.rot(offset + rng.randrange(4096), 1 << rng.randrange(8))
+        assert isinstance(device, SimDevice)
+        rot_shards(device, rng)
     for first in range(0, BLOCKS * BLOCK_SECTORS, 64):
         await client.read("a", first, 64)
     await work(client, rng, 10)

@@ -1,4 +1,4 @@
-"""Random lives of random pools: some known seeds, some fresh ones.
+"""Random lives of random pools: some known seeds, some fresh ones; `make test` has many more.
 
 `SEEDS=n` sets how many fresh seeds are lived through, `SEED=n` takes just that one.
 """
@@ -14,18 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from .histogram import RARE, RARE_IN_LIVES, report
+from .histogram import RARE, report
 from .seeds import run_seed
 
 FRESH = int(os.environ.get("SEEDS", "12"))
-#: As many fresh ones in `make test`: enough for every rare event.
-MANY = int(os.environ.get("SEEDS", "120"))
 ONLY = os.environ.get("SEED")
 KNOWN = Path(__file__).with_name("seeds.txt")
 #: Each batch runs in a process of its own under xdist.
 BATCHES = 2
-#: Requests that clients make in a seed, at the least on average.
-REQUESTS = 150
 
 
 def known_seeds() -> list[int]:
@@ -47,15 +43,6 @@ def test_seeds_that_once_failed(batch: int) -> None:
 def test_fresh_seeds() -> None:
     events = live_through(1 if ONLY is not None else FRESH)
     report("what happened", events, {"checkpoints": RARE["checkpoints"]})
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(ONLY is not None, reason="SEED asks for one seed only")
-def test_many_fresh_seeds_go_through_everything_rare() -> None:
-    events = live_through(MANY)
-    report("what happened", events, RARE_IN_LIVES)
-    assert events["requests"] >= MANY * REQUESTS
 
 
 def live_through(count: int) -> Counter[str]:

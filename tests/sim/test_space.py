@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from backends.fault_script import OPERATIONS, Rule, Vanish
+
 from .loop import run
-from .world import BLOCK_SECTORS, SMALL, Client, Rig
+from .scenarios import delete_under_reads
+from .world import BLOCK_SECTORS, SMALL, WIDE, Client, Rig
 
 
 def test_writers_wait_for_space_that_a_read_still_pins() -> None:
@@ -64,3 +69,36 @@ def test_a_delete_finds_room_where_nothing_else_does() -> None:
         await client.pool.close()
 
     run(scenario())
+
+
+def test_a_pool_that_lost_devices_when_full_does_not_collect_for_ever() -> None:
+    """What is mapped is more than the narrower stripes can hold: nothing is gained by moving it,
+    and pages of the checkpoint that fill one stripe are not written anew time after time."""
+
+    async def scenario() -> None:
+        rig = Rig(3, WIDE)
+        await rig.create()
+        client = await rig.open()
+        await client.create("a", 1 << 20)
+        state = client.pool.engine.state
+        for first in range(0, 2048, 64):
+            await client.write("a", first, 64)
+        rig.unlucky = {"d4", "d5"}
+        for name in sorted(rig.unlucky):
+            rig.world.scripts[name].add(Rule(OPERATIONS, Vanish()))
+        await overwrite(client, 60)
+        await client.flush("a")
+        await asyncio.sleep(60)
+        before = client.pool.engine.state.counters["steps_collect"]
+        await asyncio.sleep(600)
+        assert state.used > state.limit
+        assert state.counters["steps_collect"] - before < 100
+        await client.pool.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_deleted_volume_is_whole_until_that_is_durable(seed: int) -> None:
+    """R23."""
+    delete_under_reads(seed)

@@ -68,3 +68,13 @@ def test_a_checkpoint_that_comes_between_is_no_loss() -> None:
         assert len(layer_map.leaves) == count
 
     run(scenario())
+
+
+def test_leaves_that_somebody_waits_for_stay() -> None:
+    """A request that needs two leaves, one of them slow, must find both at once."""
+    layer_map = LayerMap(LAYER)
+    for number in range(4):
+        layer_map.leaves[number] = Leaf()
+        layer_map.pointers[number] = Pointer(OLD, number, 64, 0)
+    assert layer_map.evict(1 << 20, {1, 3})
+    assert sorted(layer_map.leaves) == [1, 3]
