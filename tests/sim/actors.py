@@ -65,7 +65,8 @@ class Stage:
         """Create a volume under a name that was never used. Raises PoolFull."""
         self.serial += 1
         name = self.last_name
-        await client.create(name, self.options.volume_blocks * BLOCK)
+        blocks = self.options.first_block + self.options.volume_blocks
+        await client.create(name, blocks * BLOCK)
         return name
 
 
@@ -95,11 +96,12 @@ async def user(stage: Stage, client: Client, rng: Random, requests: int) -> None
 async def _request(options: Options, client: Client, rng: Random, name: str) -> None:
     blocks = options.volume_blocks
     room = blocks if rng.random() < 0.3 else max(4, int(blocks * options.hot))
+    first, sectors = options.first_block * BLOCK_SECTORS, blocks * BLOCK_SECTORS
     block = rng.randrange(room) * BLOCK_SECTORS
-    sectors = blocks * BLOCK_SECTORS
     whole = min(rng.choice((1, 1, 2, 5, 20)) * BLOCK_SECTORS, sectors - block)
     odd = rng.randrange(room * BLOCK_SECTORS)
     few = min(rng.randrange(1, 30), sectors - odd)
+    block, odd = first + block, first + odd
     match rng.choices(REQUESTS, options.weights)[0]:
         case "write":
             await client.write(name, block, whole)
@@ -110,9 +112,10 @@ async def _request(options: Options, client: Client, rng: Random, name: str) -> 
         case "flush":
             await client.flush(name)
         case "trim":
-            await client.zero(name, block, whole)
+            await client.zero(name, *rng.choice(((block, whole), (block, whole), (odd, few))))
         case "zero":
-            await client.zero(name, block, whole, no_hole=rng.random() < 0.5)
+            where = rng.choice(((block, whole), (odd, few)))
+            await client.zero(name, *where, no_hole=rng.random() < 0.5)
         case "read":
             await client.read(name, odd, few)
         case "status":

@@ -122,16 +122,17 @@ class Client:
         return ops
 
     async def zero(self, name: str, first: int, count: int, *, no_hole: bool | None = None) -> None:
-        """Trim whole blocks, or with `no_hole` given write zeros there. Raises OSError."""
-        assert not first % BLOCK_SECTORS
-        assert not count % BLOCK_SECTORS
-        op = self._oracle.begin(name, first, first + count, zero=True)
+        """Trim, which spares blocks that are not wholly in the range, or with `no_hole` given write
+        zeros. Raises OSError."""
+        ops = self._zeroings(name, first, first + count, trim=no_hole is None)
         try:
-            await self.port.zero(name, first * SECTOR, count * SECTOR, no_hole, resent=lambda: None)
+            await self.port.zero(
+                name, first * SECTOR, count * SECTOR, no_hole, resent=lambda: _unchain(ops)
+            )
         except OSError as error:
-            self._refused(name, [op], error)
+            self._refused(name, ops, error)
             return
-        self._oracle.acknowledge([op])
+        self._oracle.acknowledge(ops)
         self._trims.append(self.pool.engine.journal.head)
         self.events["trims" if no_hole is None else "zeroings"] += 1
 
@@ -142,6 +143,23 @@ class Client:
         self._check_replicas()
         self._oracle.flushed(begun)
         self.events["flushes"] += 1
+
+    def _zeroings(self, name: str, first: int, end: int, *, trim: bool) -> list[Op]:
+        """The operations that it consists of, in order: what is left of the first and of the last
+        block is written, the blocks between are unmapped (`Volume.write_zeroes`)."""
+        inner = -(-first // BLOCK_SECTORS) * BLOCK_SECTORS
+        outer = end // BLOCK_SECTORS * BLOCK_SECTORS
+        parts = [(inner, outer)]
+        if not trim and inner > outer:
+            parts = [(first, end)]
+        elif not trim:
+            parts = [(first, inner), (outer, end), (inner, outer)]
+        ops: list[Op] = []
+        for start, stop in parts:
+            if start < stop:
+                after = ops[-1] if ops else None
+                ops.append(self._oracle.begin(name, start, stop, zero=True, after=after))
+        return ops
 
     def _check_replicas(self) -> None:
         """A replica whose sync failed must not have counted for a flush (R4). Raises Violation."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from pool import failpoints
+from pool.blockmap import LEAF_BLOCKS
 
 from .world import KIB, SMALL, TIGHT, WIDE, Shape
 
@@ -48,6 +49,9 @@ class Options:
     connections: int
     requests: int
     volume_blocks: int
+    #: Where in a volume its users work: at the beginning, or across the border of two map leaves.
+    first_block: int
+    sparse_max: int
     #: Share of a volume that gets most of the writes.
     hot: float
     weights: tuple[int, ...]
@@ -90,6 +94,8 @@ def draw(seed: int) -> Options:
         connections=rng.randint(1, 3),
         requests=rng.choice((80, 110, 150)),
         volume_blocks=rng.choice((16, 80, 80, 80)),
+        first_block=rng.choice((0, 0, LEAF_BLOCKS - 20)),
+        sparse_max=rng.choice((6, 30, 340)),
         hot=rng.choice((0.1, 0.5, 1.0)),
         weights=weights,
         faults=tuple(rng.sample(FAULTS, rng.choice((1, 3, len(FAULTS))))),

@@ -74,7 +74,7 @@ class _Run:
         self.rng = Random(f"life {seed}")
         self.rig = Rig(
             seed, self.options.shape, latency=self.options.latency,
-            leaf_budget=self.options.leaf_budget, checks=0.4,
+            leaf_budget=self.options.leaf_budget, sparse_max=self.options.sparse_max, checks=0.4,
         )  # fmt: skip
         self.rig.world.cached = self.options.cached
         self.stage = Stage(self.rig, self.options)
@@ -238,9 +238,9 @@ class _Run:
         """Work goes on, through a root or two and whatever the pool still has to do."""
         names = [info.name for info in client.pool.volumes()]
         for name in names:
-            blocks = self.rig.oracle.volumes[name].base.size // BLOCK_SECTORS
             for _ in range(10):
-                await client.write(name, self.rng.randrange(blocks) * BLOCK_SECTORS, BLOCK_SECTORS)
+                block = self.options.first_block + self.rng.randrange(self.options.volume_blocks)
+                await client.write(name, block * BLOCK_SECTORS, BLOCK_SECTORS)
             await client.flush(name)
         for _ in range(2):
             await client.pool.checkpoint()

@@ -22,7 +22,7 @@ from random import Random
 
 from nbd_server.export import Export
 from nbd_server.server import Server
-from pool import MemberSpec, Pool, PoolSpec, create_pool, failpoints
+from pool import MemberSpec, Pool, PoolSpec, blockmap, create_pool, failpoints
 from pool.mover import InlineMover
 from pool.stripe_writer import Job, Outcome, ShardSource
 
@@ -75,6 +75,8 @@ class Rig:
     shape: Shape
     latency: float = 0.001
     leaf_budget: int = LEAF_BUDGET
+    #: Entries from which on a map leaf is dense; the engine's own number needs larger volumes.
+    sparse_max: int = blockmap.SPARSE_MAX
     #: Chance that the pool's own check is run when a crash is judged.
     checks: float = 1.0
     world: World = field(init=False)
@@ -201,11 +203,13 @@ class Rig:
         logger.addHandler(handler)
         # What clients do wrong is noted there as it should be; here nobody reads it.
         propagate, logger.propagate = logger.propagate, False
+        sparse_max, blockmap.SPARSE_MAX = blockmap.SPARSE_MAX, self.sparse_max
         failpoints.install(self._failpoint)
         try:
             yield
         finally:
             failpoints.install(None)
+            blockmap.SPARSE_MAX = sparse_max
             logger.propagate = propagate
             logger.removeHandler(handler)
             self.events.update({f"at {name}": count for name, count in self.reached.items()})
