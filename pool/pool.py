@@ -189,8 +189,14 @@ class Pool:
         layer = self._state.catalog.volumes[name].layer
         self._state.leaving.add(layer)
         reached("delete_after_hiding_before_journal")
-        # It takes no ids, and must not wait behind changes that wait for room (P5).
-        await self.engine.change_catalog({"do": "delete", "name": name})
+        try:
+            # It takes no ids, and must not wait behind changes that wait for room (P5).
+            await self.engine.change_catalog({"do": "delete", "name": name})
+        finally:
+            if name in self._state.catalog.volumes:
+                # Refused before it was journaled: nothing has happened.
+                self._volumes[name] = volume
+                self._state.leaving.discard(layer)
         reached("delete_after_flush_before_closing")
         volume.closed = True
         self._state.leaving.discard(layer)

@@ -42,7 +42,7 @@ from pool.table import Stripe
 
 from .loop import Deadlock, run
 from .oracle import Violation
-from .scenarios import delete_under_reads, flush_and_lose, fork
+from .scenarios import delete_under_reads, flush_and_lose, fork, overfill
 from .seeds import run_seed
 from .test_old_copies import LATER_LOST, Lives, check, forget
 
@@ -271,7 +271,7 @@ def slots_free_early(patch: Patch) -> None:
     patch.setattr(State, "release", release)
 
 
-@broken("R10, P5", "nothing is reserved for a write", volume_blocks=80, operator=0)
+@broken("R10, P5", "nothing is reserved for a write", first=overfill)
 def no_reserve(patch: Patch) -> None:
     patch.setattr(State, "_limit", lambda self, catalog: 1 << 40)
 

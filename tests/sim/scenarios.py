@@ -21,7 +21,7 @@ from pool import failpoints
 
 from .devices import Crash, SimDevice
 from .loop import run
-from .oracle import SECTOR
+from .oracle import SECTOR, Violation
 from .world import BLOCK_SECTORS, SMALL, WIDE, Client, Rig, Shape
 
 Scenario = Callable[[Rig, Client], Awaitable[None]]
@@ -165,6 +165,31 @@ async def _delete_under_reads(seed: int) -> None:
     rig.end_life(power=False)
 
 
+def overfill(seed: int) -> None:
+    """A pool is written until it refuses; what it has taken can be overwritten for ever (P5)."""
+    run(_overfill(seed))
+
+
+async def _overfill(seed: int) -> None:
+    rig = Rig(seed, FOUR)
+    rng = Random(seed)
+    await rig.create()
+    client = await rig.open()
+    await client.create("a", 4 << 20)
+    taken = 0
+    while not client.events["refused_full"]:
+        await client.write("a", taken * BLOCK_SECTORS, BLOCK_SECTORS)
+        taken += 1
+    taken -= 1
+    for _ in range(4 * taken):
+        await client.write("a", rng.randrange(taken) * BLOCK_SECTORS, BLOCK_SECTORS)
+        if client.events["refused_full"] > 1:
+            raise Violation("P5: a block that had been taken could not be overwritten")
+    await client.flush("a")
+    rig.end_life(power=True)
+    await rig.world.run(recovered(rig))
+
+
 def fork(seed: int) -> None:
     """A root reaches one device only, then the power fails; a life without that device commits
     another root of the same generation and goes on; the device returns (R19). Raises Violation."""
@@ -213,6 +238,8 @@ async def _fork(seed: int) -> None:
 #: A pool in which all of it can happen: one device is a store, one may fail.
 MIXED = Shape(2, 1, 5, device_kib=832, journal_kib=64, stores=1)
 FAILS = "d1"
+#: One that is soon full.
+FOUR = Shape(2, 1, 4, device_kib=1024, journal_kib=192)
 
 
 async def everything(rig: Rig) -> None:

@@ -102,3 +102,32 @@ def test_a_pool_that_lost_devices_when_full_does_not_collect_for_ever() -> None:
 def test_a_deleted_volume_is_whole_until_that_is_durable(seed: int) -> None:
     """R23."""
     delete_under_reads(seed)
+
+
+def test_a_delete_that_is_given_up_has_not_happened() -> None:
+    """R23: while it waits for room nothing is journaled, so the volume is there again."""
+
+    async def scenario() -> None:
+        rig = Rig(5, SMALL)
+        await rig.create()
+        client = await rig.open()
+        await client.create("a", 256 << 10)
+        await client.create("b", 256 << 10)
+        pool, journal = client.pool, client.pool.engine.journal
+        with pool.engine.state.gate.inside():
+            users = [asyncio.ensure_future(overwrite(client, 60))]
+            for i in range(12):
+                users.append(asyncio.ensure_future(pool.create_volume(f"v{i}", 4096)))
+                await asyncio.sleep(0.01)
+            while journal.room(1):
+                journal.stage_range(2, 0, 0, 1)
+                pool.engine.commit()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(5):
+                    await pool.delete_volume("b")
+            assert pool.volume("b").size == 256 << 10
+        await asyncio.gather(*users)
+        await client.delete("b")
+        await pool.close()
+
+    run(scenario())
