@@ -111,7 +111,7 @@ def test_wrong_questions(stripewell: Stripewell, urls: list[str]) -> None:
     assert "No such file or directory" in line
 
 
-#: Pools that are made to find one whose checkpoint two devices can give, by the chance of placement.
+#: Pools that are made to find one whose checkpoint two devices can give.
 POOLS = 40
 
 
