@@ -14,6 +14,7 @@ from pathlib import Path
 
 from backends.base import BLOCK_SIZE
 from pool import Pool
+from pool.destage import destage
 from pool.volume import Volume
 from tests.unit.pool.support import KIB, MIB, Disk, make_disks, make_pool, open_pool
 
@@ -135,11 +136,18 @@ def _blocks(rng: random.Random, count: int) -> bytes:
     return b"".join(rng.randbytes(16) * (BLOCK_SIZE // 16) for _ in range(count))
 
 
+#: More than what follows takes, with what the journal keeps for deletes.
+ROOM_BLOCKS = 24
+
+
 async def _fill_journal(pool: Pool, rng: random.Random) -> AsyncIterator[None]:
     """Every kind of extent behind the last checkpoint, with nobody to pack them. Yields after each
     record."""
     assert pool.engine.maintenance is not None
     await pool.engine.maintenance.stop()
+    if not pool.engine.journal.room(ROOM_BLOCKS):
+        await destage(pool.engine.moving, 8, force=True)
+        await pool.engine.checkpoint.write()
     await pool.create_volume("late", MIB)
     yield
     alpha, late = pool.volume("alpha"), pool.volume("late")
