@@ -27,7 +27,7 @@ from typing import Any
 from backends.fault_script import OPERATIONS, READS, WRITES, Fail, Rule, Vanish
 from pool.errors import PoolError, PoolFull
 
-from .actors import Stage, cable, mischief, operator, user
+from .actors import Stage, cable, mischief, operator, rot, user
 from .audit import check_accounts, check_stores, contents
 from .clients import BLOCK_SECTORS, Client
 from .devices import Crash
@@ -213,6 +213,9 @@ class _Run:
         for script in rig.world.scripts.values():
             script.clear()
         rig.end_life(power=True)
+        for name in sorted(rig.unlucky)[:1]:
+            # What rots while nobody reads it is found by a scrub alone.
+            rot(rig.devices[name], self.rng, 200)
         client = await rig.open()
         await client.verify(power_lost=True)
         rig.power_lost = False
