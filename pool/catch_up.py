@@ -94,12 +94,7 @@ class CatchUp:
             if isinstance(member.backend, Device):
                 raise
             return False  # a store that does not have the object
-        return (header.pool, header.stripe, header.shard, header.shape) == (
-            self._state.uuid,
-            row.id,
-            shard,
-            row.shape,
-        )
+        return header.belongs(self._state.uuid, row.id, shard, row.shape)
 
     async def _rebuild(self, member: Member, row: Stripe, shard: int) -> None:
         header, data = await self._reader.shard(row, shard)

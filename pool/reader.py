@@ -288,9 +288,7 @@ class Reader:
             except FormatError:
                 self._accuse(member, "bad_headers")
                 continue
-            if header.stripe == row.id and header.pool == self._state.uuid and (
-                header.shape == row.shape and header.shard == shard
-            ):  # fmt: skip
+            if header.belongs(self._state.uuid, row.id, shard, row.shape):
                 self._headers[row.id] = header
                 if len(self._headers) > HEADER_CACHE:
                     self._headers.popitem(last=False)

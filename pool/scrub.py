@@ -87,9 +87,7 @@ async def _is_right(state: State, member: Member, row: Stripe, shard: int) -> bo
         header = stripe_format.decode(data)
     except (DeviceError, FormatError):
         return False
-    if (header.pool, header.stripe, header.shard, header.shape) != (
-        state.uuid, row.id, shard, shape,
-    ):  # fmt: skip
+    if not header.belongs(state.uuid, row.id, shard, shape):
         return False
     first = shard * shape.shard_blocks
     crcs = header.contents.crcs[first : first + shape.shard_blocks].tolist()

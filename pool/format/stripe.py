@@ -61,6 +61,10 @@ class Header:
     contents: Contents
     digest: bytes
 
+    def belongs(self, pool: bytes, stripe: int, shard: int, shape: Geometry) -> bool:
+        """Whether it is the header of that shard, and not of what was in its place before."""
+        return (self.pool, self.stripe, self.shard, self.shape) == (pool, stripe, shard, shape)
+
 
 def encode(
     *, pool: bytes, stripe: int, kind: int, shape: Geometry, used: int, contents: Contents
