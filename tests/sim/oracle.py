@@ -255,7 +255,7 @@ class _Puzzle:
                 late = violation.late
             if late is not None and self._bar_elsewhere(late):
                 continue
-            guesses = np.flatnonzero(self.included & self.zero & ~forced)
+            guesses = np.flatnonzero(self.included & self.zero & ~forced & ~self.barred.all(axis=1))
             if not len(guesses):
                 break
             wrong = [i for i in guesses.tolist() if self._impossible(i)]
@@ -283,9 +283,13 @@ class _Puzzle:
         return done
 
     def _impossible(self, zeroing: int) -> bool:
-        """Whether something is seen under a zeroing that was over before it was issued."""
+        """Whether something is seen under a zeroing, or under a piece in front of it, that was over
+        before it was issued."""
         seen = self.writer[self.covers[zeroing] & (self.seen != 0)]
-        return bool((seen == _BASE).any() or (self.acked[seen] < self.issued[zeroing]).any())
+        if bool((seen == _BASE).any() or (self.acked[seen] < self.issued[zeroing]).any()):
+            return True
+        fronts = [front for front, piece in self.chain if piece == zeroing]
+        return any(self._impossible(front) for front in fronts)
 
     def _explanation(self) -> set[Op]:
         for _ in range(2 * len(self.ops) + 4):

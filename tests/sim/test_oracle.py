@@ -139,3 +139,13 @@ def test_one_zeroing_may_be_what_is_seen_here_and_not_there() -> None:
     second = do(oracle, 0, 1, zero=True)
     assert between.acked < second.issued
     assert oracle.check_recovered("v", written(second, first, seen), power_lost=False) == 0
+
+
+def test_a_zeroing_whose_first_piece_is_not_there_is_not_what_is_seen() -> None:
+    """The pieces of one that was never answered would fit, but for the first of them."""
+    oracle = volume()
+    old = do(oracle, 0, 2)
+    front = oracle.begin("v", 1, 2, zero=True)
+    oracle.begin("v", 0, 1, zero=True, after=front)
+    later = do(oracle, 0, 1, zero=True)
+    assert oracle.check_recovered("v", written(later, old), power_lost=False) == 0
