@@ -379,9 +379,7 @@ async def _recover(
     sources.sort(key=lambda source: source.member in state.behind)
     committed = state.committed
     backlog = await recovery.backlog(sources, committed.tail, committed.replay)
-    chain = await recovery.follow(
-        sources, committed.replay, committed.version, committed.previous, committed.durable
-    )
+    chain = await recovery.follow(sources, committed, state.term)
     records = [*backlog, *chain.records]
     lost: set[int] = set()
     missed: set[int] = set()
@@ -451,8 +449,7 @@ async def _take_over(
         # Every root says so until it has caught up: a crash must not make it look whole.
         state.members[index].missed = True
     mark = recovery.ending_mark(backlog, chain)
-    if mark is not None and mark.position < committed.replay:
-        state.committed = recovery.begin_at(mark, committed)
+    state.committed = recovery.at_term(committed, chain, mark)
     copy = Copy(sources, chain, records, committed.tail)
     replicas = await _start_term(engine, copy, returned)
     if mark is not None:

@@ -114,13 +114,13 @@ class Window:
         return None
 
 
-async def follow(
-    sources: Sequence[Source], replay: int, version: int, previous: int, durable: int
-) -> Chain:
-    """Follow the chain of records from `replay`. Raises PoolError if a record is missing that was
-    known to be synced on all replicas: that is damage, not a torn tail (R2)."""
+async def follow(sources: Sequence[Source], committed: Committed, term: int) -> Chain:
+    """Follow the chain of records from the replay position of a root of that term. Raises PoolError
+    if a record is missing that was known to be synced on all replicas: that is damage, not a torn
+    tail (R2)."""
     windows = [Window(source) for source in sources]
-    chain = Chain(end=replay, version=version, previous=previous, durable=durable)
+    replay, version, previous = committed.replay, committed.version, committed.previous
+    chain = Chain(end=replay, version=version, previous=previous, durable=committed.durable)
     group: list[tuple[Record, dict[int, bytes]]] = []
     position = replay
     while windows and position - replay < sources[0].blocks:
@@ -140,7 +140,7 @@ async def follow(
         first = group[0][0]
         chain.version = chain.records[-1].version if chain.records else version
         chain.previous = first.previous
-    known = max(chain.durable, await _proof(windows, chain))
+    known = max(chain.durable, await _proof(windows, chain.end, term))
     if chain.end < min(known, replay + sources[0].blocks if sources else known):
         raise PoolError(
             f"the journal is damaged: records from {chain.end} to {known} were synced and cannot "
@@ -159,13 +159,16 @@ def ending_mark(before: Sequence[Record], chain: Chain) -> Record | None:
     return last if last is not None and last.flags & record.FLAG_TERM_START else None
 
 
-def begin_at(mark: Record, committed: Committed) -> Committed:
-    """What a root must say so that the chain begins at the place of a mark that ends where it would
-    have begun: with a newer record than that mark."""
-    return replace(
-        committed, replay=mark.position, version=mark.version, previous=mark.previous,
-        durable=min(committed.durable, mark.position),
-    )  # fmt: skip
+def at_term(committed: Committed, chain: Chain, mark: Record | None) -> Committed:
+    """What the root that begins a term says of the journal. How far it is durable, because from now
+    on records of older terms behind the end of the chain prove nothing: they were given up. And, if
+    the mark whose place is taken ends where the chain would have begun, that it begins at the place
+    of that mark, with a newer record."""
+    end = chain.end if mark is None else mark.position
+    committed = replace(committed, durable=min(chain.durable, end))
+    if mark is None or mark.position >= committed.replay:
+        return committed
+    return replace(committed, replay=mark.position, version=mark.version, previous=mark.previous)
 
 
 async def backlog(sources: Sequence[Source], tail: int, replay: int) -> list[Record]:
@@ -254,13 +257,12 @@ async def _verified(windows: list[Window], position: int, crc: int) -> bytes | N
     return None
 
 
-async def _proof(windows: list[Window], chain: Chain) -> int:
-    """The highest `durable` claimed by records shortly behind a broken chain; 0 if there are
-    none."""
+async def _proof(windows: list[Window], end: int, term: int) -> int:
+    """The highest `durable` claimed by records of this term shortly behind a broken chain; 0 if
+    there are none. What older ones prove was in the root that began the term."""
     best = 0
     for window in windows:
-        last = chain.end + min(LOOK_BEHIND, window.source.blocks)
-        for position in range(chain.end, last):
+        for position in range(end, end + min(LOOK_BEHIND, window.source.blocks)):
             block = await window.block(position)
             if block is None or block[:8] != record.MAGIC:
                 continue
@@ -268,8 +270,7 @@ async def _proof(windows: list[Window], chain: Chain) -> int:
                 header = record.decode(block)
             except FormatError:
                 continue
-            newer = header.version >> record.TERM_SHIFT >= chain.version >> record.TERM_SHIFT
-            if header.position == position and header.version > chain.version and newer:
+            if header.position == position and header.version >> record.TERM_SHIFT >= term:
                 best = max(best, header.durable)
     return best
 

@@ -281,16 +281,15 @@ class Follower:
         return False
 
     async def _proof(self, start: int) -> int:
-        """The highest `durable` that records shortly behind the end claim; 0 if there are none."""
+        """The highest `durable` that records of the root's term shortly behind the end claim; 0 if
+        there are none. That root says what older ones prove."""
         best = 0
-        term = self.chain.version >> _TERM_SHIFT
         for copy in self._ring.copies:
             for position in range(start, start + min(_BEYOND, self._ring.blocks)):
                 block = await copy.block(position)
                 record = parse_record(block) if block is not None else None
                 if record is None or record.position != position:
                     continue
-                newer = record.version > self.chain.version
-                if newer and record.version >> _TERM_SHIFT >= term:
+                if record.version >> _TERM_SHIFT >= self._stream.term:
                     best = max(best, record.durable)
         return best

@@ -79,6 +79,8 @@ class Stream:
     version: int
     previous: int
     durable: int
+    #: Term of the root: records behind the end of the chain count from it on.
+    term: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def parse_root(body: dict[str, Any]) -> Root:
         integer(code.get("parity"), "code.parity", MAX_PARITY, 1),
         slot_blocks,
         members,
-        _stream(body.get("streams"), members),
+        _stream(body, members),
         tuple(parse_pointer(p) for p in sequence(checkpoint.get("top"), "checkpoint.top")),
         tuple(_anchor(row, slot_blocks) for row in anchors),
     )
@@ -176,8 +178,8 @@ def _member(row: dict[str, Any], slot_blocks: int) -> Member:
     )
 
 
-def _stream(value: object, members: dict[int, Member]) -> Stream:
-    [only] = sequence(value, "streams", 1)
+def _stream(body: dict[str, Any], members: dict[int, Member]) -> Stream:
+    [only] = sequence(body.get("streams"), "streams", 1)
     row = mapping(only, "a stream")
     replicas = tuple(
         _replica(mapping(replica, "a replica"), members)
@@ -192,6 +194,7 @@ def _stream(value: object, members: dict[int, Member]) -> Stream:
         integer(row.get("version"), "version", U64),
         integer(row.get("previous"), "previous", U32),
         integer(row.get("durable"), "durable", POSITIONS),
+        integer(body.get("term"), "term", U32),
     )
 
 

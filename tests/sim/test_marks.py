@@ -68,3 +68,27 @@ def test_what_an_absent_replica_had_there_does_not_come_back(seed: int) -> None:
                 await check(pool, 1)
 
     run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_was_given_up_before_the_mark_was_replaced_proves_nothing(seed: int) -> None:
+    """R2: a write that nobody flushed is torn behind the mark that the next term replaces; power
+    fails until a mark stays."""
+
+    async def scenario() -> None:
+        lives = Lives(seed)
+        await lives.start()
+        async with lives.life() as pool:
+            await overwrite(pool, 1)
+        pool = await lives.open()
+        await pool.checkpoint()
+        await pool.volume("v").write(0, memoryview(content(1))[: 8 * BLOCK_SIZE])
+        lives.end(fate="torn")
+        for operation in range(10, 60):
+            lives.end(crash_at=operation, fate="lost")
+            with contextlib.suppress(Crash):
+                await check(await lives.open(), 1)
+        lives.end()
+        await check(await lives.open(), 1)
+
+    run(scenario())

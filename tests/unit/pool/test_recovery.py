@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from backends.fault_script import READS, Fail, Rule
 from pool.errors import PoolError
 from pool.format import record
 from pool.journal import Journal, Replica
-from pool.recovery import Chain, Source, backlog, follow
+from pool.recovery import Chain, Source, at_term, backlog, follow
 from pool.replicas import Copy, forgetful
+from pool.state import Committed
 from tests.sim.loop import run
 from tests.unit.pool.support import Disk, make_disks
 
@@ -74,8 +76,12 @@ class Written:
     def sources(self) -> list[Source]:
         return [Source(i, disk.open(), 0, SIZE) for i, disk in enumerate(self.disks)]
 
-    def follow(self) -> Chain:
-        return run(follow(self.sources(), START, VERSION, 0, START))
+    def follow(self, *, term: int = 1, durable: int = START) -> Chain:
+        return run(follow(self.sources(), root(durable=durable), term))
+
+
+def root(*, start: int = START, durable: int = START) -> Committed:
+    return Committed(replay=start, tail=start, version=VERSION, durable=durable)
 
 
 def assert_whole(chain: Chain, written: Written, records: int) -> None:
@@ -136,6 +142,29 @@ def test_one_replica_is_witness_enough() -> None:
         written.follow()
 
 
+def test_what_an_older_term_left_behind_the_end_proves_nothing() -> None:
+    """A later term has given it up, and its own root says how far the journal was durable."""
+    written = Written([1, 3, 3], flush_after=(1,))
+    written.spoil_everywhere(written.ends[0])
+    assert_whole(written.follow(term=2), written, 1)
+    with pytest.raises(PoolError, match="the journal is damaged"):
+        written.follow(term=2, durable=written.ends[1])
+
+
+def test_the_root_of_a_term_says_how_far_the_journal_is_durable() -> None:
+    written = Written([1, 3, 3, 2], flush_after=(1,))
+    chain, committed = written.follow(), root()
+    begun = at_term(committed, chain, None)
+    assert begun == root(durable=written.ends[1])
+    # A mark in the chain whose place is taken is no longer there; nor is one that ends where the
+    # chain would begin, which then begins there.
+    first = written.headers[0]
+    assert at_term(committed, chain, first) == root(durable=START)
+    later = replace(committed, replay=first.end, version=first.version, previous=first.crc)
+    begun = at_term(later, chain, first)
+    assert begun == replace(root(), version=first.version, previous=first.previous)
+
+
 def test_a_batch_of_which_the_last_record_is_missing_is_dropped_as_a_whole() -> None:
     written = Written([2, 3], trims=300)
     groups = [bool(h.flags & record.FLAG_MORE) for h in written.headers]
@@ -166,7 +195,7 @@ def test_a_record_of_the_lap_before_is_not_taken_for_one_of_this() -> None:
     written = Written([4, 4])
     with_old = written.disks[0]
     # The same bytes, one lap further: the position inside gives them away.
-    chain = run(follow([Source(0, with_old.open(), 0, SIZE)], START + SIZE, VERSION, 0, START))
+    chain = run(follow([Source(0, with_old.open(), 0, SIZE)], root(start=START + SIZE), 1))
     assert (chain.records, chain.end) == ([], START + SIZE)
 
 
