@@ -69,6 +69,13 @@ class Leaf:
             return self.locations[block] == location
         return self.get(block)[0] == location
 
+    def maps_any(self, start: int, stop: int) -> bool:
+        """Whether any of the blocks [start, stop) of the leaf is mapped."""
+        index = self.index
+        if index is None:
+            return self.locations[start:stop].count(HOLE) < stop - start
+        return bisect_left(index, start) < bisect_left(index, stop)
+
     def set(self, block: int, location: int, crc: int) -> int:
         """Map a block (or unmap it with HOLE); returns the old location. Does not mark dirty."""
         index = self.index
@@ -211,6 +218,15 @@ class LayerMap:
         if last - first > len(pointers) + len(leaves):
             return sorted({n for d in (leaves, pointers) for n in d if first <= n <= last})
         return [n for n in range(first, last + 1) if n in leaves or n in pointers]
+
+    def maps_any(self, block: int, count: int) -> bool:
+        """Whether any block of a range is mapped. Its leaves are resident."""
+        for number in self.present(block, count):
+            start = max(block - (number << LEAF_SHIFT), 0)
+            stop = min(block + count - (number << LEAF_SHIFT), LEAF_BLOCKS)
+            if self.leaves[number].maps_any(start, stop):
+                return True
+        return False
 
     def touch(self, number: int) -> Leaf:
         """The leaf to change, marked dirty and captured if a checkpoint still needs it as it is.

@@ -32,6 +32,7 @@ from pool.format import page
 from pool.format.page import Pointer
 from pool.membership import Membership
 from pool.moving import Moving, note_failures
+from pool.placement import NoSpace
 from pool.state import Committed, State
 from pool.stripe_writer import Job, StripeJob
 from pool.table import META, PAGE_ROWS, Stripe
@@ -122,7 +123,7 @@ class Packer:
     def unplace(self) -> None:
         """Give back what was placed."""
         for row, _, _ in self.stripes:
-            self._state.release(row)
+            self._state.release(row, written=False)
 
 
 @dataclass(slots=True)
@@ -168,7 +169,8 @@ class Checkpoint:
             if await self._attempt():
                 self._state.counters["checkpoints"] += 1
                 return
-        raise PoolStopped(f"no checkpoint could be written in {ATTEMPTS} attempts")
+        text = f"no checkpoint could be written in {ATTEMPTS} attempts"
+        raise NoSpace(text) if any(m.full for m in self._state.active()) else PoolStopped(text)
 
     async def _attempt(self) -> bool:
         state = self._state

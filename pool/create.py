@@ -229,10 +229,10 @@ def _first_replicas(state: State) -> list[int]:
 
 
 async def _wipe(state: State, progress: Callable[[int, int], None] | None) -> None:
-    """Zero journal zones (they sync faster than unwritten ones) and every place a superblock may
-    be."""
+    """Zero journal zones (they sync faster than unwritten ones), the first slots (`pool.slots`) and
+    every place a superblock may be."""
     devices = [m for m in state.members.values() if isinstance(m.backend, Device)]
-    total = sum(member.layout.slots_offset for member in devices)
+    total = sum(_front(member) for member in devices)
     done = 0
     for member in state.members.values():
         backend = member.backend
@@ -241,8 +241,9 @@ async def _wipe(state: State, progress: Callable[[int, int], None] | None) -> No
             for name in ROOT_NAMES:
                 await backend.delete(name)
             continue
-        for start in range(0, member.layout.slots_offset, ZERO_CHUNK):
-            count = min(ZERO_CHUNK, member.layout.slots_offset - start)
+        front = _front(member)
+        for start in range(0, front, ZERO_CHUNK):
+            count = min(ZERO_CHUNK, front - start)
             await backend.write(start, [bytes(count)])
             done += count
             if progress is not None:
@@ -254,3 +255,9 @@ async def _wipe(state: State, progress: Callable[[int, int], None] | None) -> No
             end = 2 * member.layout.root_bytes
             await backend.write(backend.size - end, [bytes(end)])
         await backend.sync()
+
+
+def _front(member: Member) -> int:
+    """Bytes to zero at the beginning of a device."""
+    where = member.layout
+    return where.slot_offset(min(member.slots.reach, where.slots))

@@ -202,9 +202,11 @@ class Maintenance:
                 await self._perform(step)
                 await self._empty_trash()
                 await self._catch_up()
+                self._try_full_again()
                 self._let_look()
                 await asyncio.sleep(0)
             except NoSpace:
+                self._try_full_again()
                 state.counters["steps_without_space"] += 1
                 await self._make_space()
             except DataLost as error:
@@ -356,13 +358,17 @@ class Maintenance:
 
     def _give_up_on_space(self) -> None:
         """Nothing can be packed: whoever waits for room in the journal hears that the pool is full
-        (P5), and the storage under full members is tried again after a while."""
+        (P5)."""
         state = self._state
         if state.gate.waiting:
             # Space is on its way: it was let go of, and comes free when the last read of it ends.
             return
         self.out_of_space = True
         state.journal.wake_writers()
+
+    def _try_full_again(self) -> None:
+        """Storage under full members may have room again: they are tried once in a while."""
+        state = self._state
         if any(m.full for m in state.active()) and self._clock() - self._full_at > FULL_SECONDS:
             self._full_at = self._clock()
             for member in state.active():

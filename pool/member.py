@@ -45,7 +45,7 @@ class Member:
     backend: Device | ObjectStore | None = None
     shards: Shards | None = None
     reason: str = ""
-    #: Its storage ran out of room below its nominal size: no new shards.
+    #: Its storage ran out of room below its nominal size: only slots that were written before.
     full: bool = False
     #: It returned and may lack shards that the table places on it; the root says so until it has
     #: caught up (R24).
@@ -68,6 +68,11 @@ class Member:
     @property
     def journal_capable(self) -> bool:
         return self.present and self.layout.journal_bytes > 0 and isinstance(self.backend, Device)
+
+    @property
+    def room(self) -> int:
+        """Slots that may take a new shard."""
+        return self.slots.spare if self.full else self.slots.free
 
     @property
     def domain(self) -> str:

@@ -62,7 +62,7 @@ class Membership:
         for member in state.members.values():
             if member.backend is None and member.state is MemberState.ACTIVE:
                 member.state = MemberState.GONE
-                member.reason = "absent when the pool was opened"
+                member.reason = member.reason or "absent when the pool was opened"
             elif member.index in returned:
                 member.state = MemberState.ACTIVE
                 member.reason = ""

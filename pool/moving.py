@@ -97,7 +97,8 @@ async def move(moving: Moving, blocks: Columns) -> int:
         pending = list(_cut(Columns.join(again), state.shape().blocks))
         if len(pending) > max(1, state.free_stripes() - state.reserve_stripes()):
             raise NoSpace("stripes have become narrower than the move was planned for")
-    raise PoolStopped(f"stripes could not be written in {ATTEMPTS} attempts")
+    text = f"stripes could not be written in {ATTEMPTS} attempts"
+    raise NoSpace(text) if any(m.full for m in state.active()) else PoolStopped(text)
 
 
 async def _write(
@@ -117,7 +118,7 @@ async def _write(
         if row.id in outcome.written:
             switched += await _switch(moving, row, part)
         else:
-            state.release(row)
+            state.release(row, written=False)
             failed.append((part, [at for stripe, at in outcome.bad if stripe == row.id]))
     return switched, failed
 

@@ -84,8 +84,8 @@ class Pool:
         of several pools, newer revision, damaged), DataLost, DeviceError."""
         root, found = await _find(backends, expect_pool)
         state = _state(root, mover, rng, now)
-        present, returned = _attach(state, backends, found, root)
-        check_enough(root.root, present, writable=not read_only)
+        present, returned, unfit = _attach(state, backends, found, root)
+        check_enough(root.root, present, writable=not read_only, remarks=unfit)
         reader = Reader(state, repair=not read_only)
         loader = Loader(state, reader, leaf_budget)
         for member in state.members.values():
@@ -318,11 +318,13 @@ def _attach(
     backends: Sequence[Device | ObjectStore],
     found: Sequence[Found],
     root: Superblock,
-) -> tuple[set[int], set[int]]:
-    """Give members their backends; returns (present active ones, ones that returned)."""
+) -> tuple[set[int], set[int], list[str]]:
+    """Give members their backends; returns (present active ones, ones that returned, why others
+    cannot be used)."""
     by_uuid = {member.uuid: member for member in state.members.values()}
     present: set[int] = set()
     returned: set[int] = set()
+    unfit: list[str] = []
     for item in found:
         member = by_uuid.get(item.block.device)
         backend = backends[item.backend]
@@ -331,10 +333,13 @@ def _attach(
         if isinstance(backend, Device) != member.layout.addressable:
             raise PoolError(f"{backend.url} is of another kind than the pool's root says")
         if backend.size < member.layout.size:
-            raise PoolError(
-                f"{backend.url} has shrunk from {member.layout.size} to {backend.size} bytes: "
-                "restore its size, or leave it out"
+            # As good as absent: the pool does not wait for it, nor write to it.
+            member.reason = (
+                f"{backend.url} has shrunk from {member.layout.size} to {backend.size} bytes, "
+                "restore its size"
             )
+            unfit.append(member.reason)
+            continue
         member.attach(backend)
         member.committed_slot = item.slot
         if member.state is MemberState.ACTIVE:
@@ -349,7 +354,7 @@ def _attach(
             member.state = MemberState.ACTIVE
             member.reason = ""
     assert present <= active(root.root)
-    return present, returned
+    return present, returned, unfit
 
 
 def _occupy(state: State) -> None:

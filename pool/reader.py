@@ -353,8 +353,12 @@ class Reader:
         return b"".join(parts)[start : start + length]
 
     async def _quick(self, row: Stripe, shard: int, block: int, count: int) -> bytes | None:
-        """Blocks of a shard from the page cache if possible."""
-        fast = self._state.locate(row.id)[shard]
+        """Blocks of a shard from the page cache if possible. The table may have let go of the
+        stripe since its row was looked up; the pin keeps what is there."""
+        try:
+            fast = self._state.locate(row.id)[shard]
+        except KeyError:
+            fast = None
         if fast is not None:
             into = bytearray(count * BLOCK_SIZE)
             with suppress(DeviceError):

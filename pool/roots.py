@@ -60,9 +60,11 @@ def choose_root(found: Iterable[Found]) -> Superblock:
     )
 
 
-def check_enough(root: dict[str, Any], present: set[int], *, writable: bool) -> None:
-    """Raise PoolError, naming the missing by their last known place, unless enough members are
-    there.
+def check_enough(
+    root: dict[str, Any], present: set[int], *, writable: bool, remarks: Iterable[str] = ()
+) -> None:
+    """Raise PoolError, naming the missing by their last known place and with what is known of them,
+    unless enough members are there.
 
     Writing needs n - m of the members that the root counts (R20), and more than m, so that a root
     can be committed and a journal be kept."""
@@ -76,7 +78,9 @@ def check_enough(root: dict[str, Any], present: set[int], *, writable: bool) -> 
         return
     names = line(", ".join(member["url"] for member in missing))
     need = max(len(wanted) - parity, parity + 1)
-    text = f"{have} of {len(wanted)} devices found, {need} are needed; missing: {names}"
+    text = "; ".join(
+        (f"{have} of {len(wanted)} devices found, {need} are needed; missing: {names}", *remarks)
+    )
     if writable and len(missing) <= parity:
         text += "; `serve --read-only` gives access to what is there"
     raise PoolError(text)

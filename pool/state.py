@@ -215,7 +215,7 @@ class State:
 
     def free_stripes(self) -> int:
         """How many stripes can be placed now."""
-        free = [m.slots.free for m in self.active() if not m.full]
+        free = [m.room for m in self.active()]
         try:
             count = sum(self.width())
         except PoolStopped:
@@ -224,7 +224,7 @@ class State:
 
     def total_stripes(self) -> int:
         """How many stripes of today's width the members could hold in all."""
-        slots = [m.slots.used if m.full else m.slots.slots for m in self.active()]
+        slots = [m.slots.reach if m.full else m.slots.slots for m in self.active()]
         try:
             count = sum(self.width())
         except PoolStopped:
@@ -266,20 +266,17 @@ class State:
 
     def place(self, shards: int) -> tuple[tuple[int, int], ...]:
         """Take a slot on `shards` distinct members. Raises NoSpace."""
-        candidates = [
-            Candidate(m.index, m.slots.free, m.domain)
-            for m in self.active()
-            if not m.full and m.slots.free
-        ]
-        chosen = choose(candidates, shards, self.rng)
-        return tuple((index, self.members[index].slots.take()) for index in chosen)
+        candidates = [Candidate(m.index, m.room, m.domain) for m in self.active() if m.room]
+        chosen = [self.members[index] for index in choose(candidates, shards, self.rng)]
+        return tuple((m.index, m.slots.take(beyond=not m.full)) for m in chosen)
 
-    def release(self, row: Stripe) -> None:
-        """Return the slots of a stripe that no committed root refers to."""
+    def release(self, row: Stripe, *, written: bool = True) -> None:
+        """Return the slots of a stripe that no committed root refers to, or that was not even
+        written."""
         for shard, (index, slot) in enumerate(row.places):
             member = self.members.get(index) if index != NOWHERE else None
             if member is not None:
-                member.slots.give(slot)
+                member.slots.give(slot, written=written)
                 if member.shards is not None and member.shards.must_delete:
                     self.trash.append((index, row.id, shard))
 

@@ -131,7 +131,7 @@ def _device(state: State, member: Member, replicas: list[int]) -> dict[str, Any]
         "state": "active" if present else ("missing" if member.backend is None else "expelled"),
         "size_bytes": member.layout.size,
         "used_bytes": member.slots.used * slot,
-        "free_bytes": member.slots.free * slot,
+        "free_bytes": member.room * slot,
         "written_bytes": state.counters[f"member_{member.index}_bytes"],
         "journal": member.index in replicas,
         "labels": member.labels,

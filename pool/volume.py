@@ -372,6 +372,9 @@ class Volume:
             self._check_open()
             if self._engine.staged:
                 self._engine.commit()
+            if kind == KIND_TRIM and not self._map.maps_any(first, count):
+                # Nothing to remember: a full journal has no room for what changes nothing (P5).
+                return
             if not self._engine.journal.room(self._engine.last_room):
                 await self._engine.wait_room(self._engine.last_room)
                 continue

@@ -7,6 +7,7 @@ does is not changed by how often another acts.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -26,6 +27,7 @@ from backends.fault_script import (
     Vanish,
 )
 from pool.errors import PoolError, PoolFull, PoolStopped
+from pool.slots import SPARE
 
 from .clients import BLOCK_SECTORS, Client
 from .devices import SimDevice
@@ -187,6 +189,8 @@ def _harm(stage: Stage, rng: Random, name: str) -> None:
     if kind == "rot" and device is not None:
         rot(device, rng, rng.choice((1, 20, 200)))
         stage.rig.events["rotten"] += 1
+    elif kind == "no room":
+        stage.rig.world.scripts[name].add(_no_room(stage.rig, name, rng))
     elif kind not in ("rot", "returns old"):
         stage.rig.world.scripts[name].add(fault(kind, rng))
 
@@ -200,6 +204,15 @@ def rot(device: SimDevice | SimStore, rng: Random, count: int) -> None:
             device.rot(rng.randrange(spared, device.size - spared), 1 << rng.randrange(8))
         elif shards := [name for name in device.snapshot().objects if name.startswith("shard")]:
             device.spoil(rng.choice(sorted(shards)), rng.randrange(BLOCK), 1 << rng.randrange(8))
+
+
+def _no_room(rig: Rig, name: str, rng: Random) -> Rule:
+    """The storage under a device is full from some slot on, of those not written from the start."""
+    where = rig.tap.layouts[name][1]
+    start = where.slot_offset(rng.randrange(min(SPARE, where.slots), where.slots + 1))
+    within = (start, where.slot_offset(where.slots)) if where.addressable else None
+    ops = frozenset({"write", "put"})
+    return Rule(ops, Fail(errno.ENOSPC), times=rng.choice((3, None)), within=within)
 
 
 def fault(kind: str, rng: Random) -> Rule:

@@ -26,6 +26,7 @@ RARE_IN_LIVES: Mapping[str, str] = {
     "deaths_at_failpoints": "deaths at a failpoint",
     "clean_ends": "clean ends",
     "old_copies": "devices replaced by old copies of themselves",
+    "members_full": "devices whose storage was full",
     "rotten": "devices on which bits rot",
     "bad_blocks": "blocks whose checksum was wrong",
     "repaired_blocks": "blocks repaired",

@@ -28,7 +28,7 @@ _USUAL = (30, 12, 5, 10, 6, 4, 18, 3, 3)
 #: What may go wrong with an unlucky device.
 FAULTS = (
     "reads fail", "writes fail", "syncs fail", "applied, then failed", "bits flip", "short reads",
-    "slow", "hangs", "vanishes", "rot", "returns old",
+    "slow", "hangs", "vanishes", "no room", "rot", "returns old",
 )  # fmt: skip
 
 

@@ -137,6 +137,12 @@ class _Run:
                 rig.oracle.forget(stage.last_name)
                 assert stage.names, "a pool without volumes cannot be full"
                 break
+            except (PoolError, OSError):
+                if not stage.beyond:
+                    raise
+                break
+        if not stage.names:
+            return
         rig.serve()
         client.port = port = rig.nbd_port(
             self.fork(), latency=options.network, buffer=options.socket,

@@ -246,12 +246,33 @@ def test_opening_refuses_what_does_not_belong_together() -> None:
         )  # fmt: skip
 
 
-def test_a_device_that_has_shrunk_is_refused() -> None:
-    disks = make_disks(3)
-    create(disks)
-    del disks[1].data[MIB:]
-    with pytest.raises(PoolError, match="memory:b has shrunk from 2097152 to 1048576 bytes"):
-        run(open_pool(disks))
+def test_a_device_that_has_shrunk_is_as_good_as_missing() -> None:
+    async def scenario() -> None:
+        disks = make_disks(4)
+        await make_pool(disks, 2, 1)
+        pool = await open_pool(disks)
+        await pool.create_volume("v", MIB)
+        await write(pool, "v", 0, b"x" * 4096)
+        await pool.close()
+        rest = bytes(disks[1].data[MIB:])
+        before = bytes(disks[1].data[:MIB])
+        del disks[1].data[MIB:]
+        pool = await open_pool(disks)
+        assert await read(pool, "v", 0, 4096) == b"x" * 4096
+        await write(pool, "v", 4096, b"y" * 4096)
+        [reason] = [text for text in pool.status()["problems"] if "memory:b" in text]
+        assert "memory:b has shrunk from 2097152 to 1048576 bytes, restore its size" in reason
+        await pool.close()
+        assert disks[1].data == before
+        with pytest.raises(PoolError, match="1 of 3 devices found, .* memory:b has shrunk"):
+            await open_pool(disks[1:3])
+        disks[1].data += rest
+        pool = await open_pool(disks)
+        assert await read(pool, "v", 4096, 4096) == b"y" * 4096
+        assert pool.status()["state"] == "healthy"
+        await pool.close()
+
+    run(scenario())
 
 
 def test_a_newer_revision_is_refused() -> None:
@@ -309,7 +330,7 @@ def test_volumes_created_at_once_get_layers_of_their_own() -> None:
         filler.commit()
         while pool.engine.journal.room(pool.engine.last_room):
             # The last blocks are kept for deletes, which go on when the pool is full.
-            await filler.trim(0, 4096)
+            await filler.write_zeroes(0, 4096, no_hole=True)
         names = [f"v{number}" for number in range(6)]
         await asyncio.gather(*(pool.create_volume(name, MIB) for name in names))
         for name in names:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 
+from backends.base import BLOCK_SIZE
 from backends.fault_script import Fail, Rule
 from pool.errors import PoolFull
 from pool.volume import Volume
@@ -72,6 +73,46 @@ def test_stripes_go_to_the_devices_that_have_room() -> None:
         for at in range(0, 3 * MIB, len(CHUNK)):
             await asyncio.wait_for(write(pool, "v", at, CHUNK), 60)
         assert await read(pool, "v", MIB, len(CHUNK)) == CHUNK
+        await pool.close()
+
+    run(scenario())
+
+
+def test_trims_and_overwrites_go_on_for_ever_although_the_storage_is_full() -> None:
+    """Each trim takes journal space, and only what the collector gains can give it back; then all
+    that was trimmed can be written again."""
+
+    async def scenario() -> None:
+        disks = make_disks(4, 4 * MIB)
+        await make_pool(disks, 2, 1, journal=MIB)
+        pool = await open_pool(disks)
+        await pool.create_volume("v", 64 * MIB)
+        for disk in disks:
+            full(disk, 2 * MIB)
+        volume = pool.volume("v")
+        blocks = await fill(volume) // BLOCK_SIZE
+        assert blocks > 2 * pool.engine.journal.size // 2
+        for block in range(0, blocks, 2):
+            await asyncio.wait_for(volume.trim(block * BLOCK_SIZE, BLOCK_SIZE), 60)
+        assert pool.engine.state.used == blocks // 2
+        for _ in range(4):
+            for block in range(1, blocks, 2):
+                data = memoryview(CHUNK)[:BLOCK_SIZE]
+                await asyncio.wait_for(volume.write(block * BLOCK_SIZE, data), 60)
+        # Trims of what is not there take nothing.
+        head = pool.engine.journal.head
+        for block in range(0, blocks, 2):
+            await volume.trim(block * BLOCK_SIZE, BLOCK_SIZE)
+        assert pool.engine.journal.head == head
+        await asyncio.wait_for(volume.flush(), 60)
+        assert await pool.check() == []
+        await pool.close()
+        pool = await open_pool(disks)
+        data = memoryview(CHUNK)[:BLOCK_SIZE]
+        assert await read(pool, "v", BLOCK_SIZE, BLOCK_SIZE) == data
+        for block in range(1, blocks, 2):
+            await asyncio.wait_for(pool.volume("v").write(block * BLOCK_SIZE, data), 60)
+        await pool.delete_volume("v")
         await pool.close()
 
     run(scenario())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 from backends.base import BLOCK_SIZE
-from backends.fault_script import READS, Fail, Hang, Rule
+from backends.fault_script import READS, Delay, Fail, Hang, Rule
 from pool import Pool
 from pool.errors import DataLost
 from pool.format import page
@@ -244,6 +245,26 @@ def test_bad_map_pages_are_reconstructed_and_too_bad_ones_are_no_hole(bad: int) 
         for _ in range(2):
             with pytest.raises(DataLost):
                 await read(bench.pool, "v", 0, BLOCK_SIZE)
+
+    with_pool(scenario)
+
+
+def test_a_page_is_read_to_its_end_although_its_stripe_is_let_go_of() -> None:
+    """A checkpoint takes the row from the table between two shards; the pin keeps the slots."""
+
+    async def scenario(bench: Bench) -> None:
+        state, reader = bench.pool.engine.state, bench.pool.engine.reader
+        row = bench.row(bench.packed_block())
+        length = row.shape.blocks * BLOCK_SIZE
+        before = await reader._stripe_bytes(row, 0, length, trusted=True)
+        for disk in bench.disks:
+            disk.script.add(Rule(frozenset({"try_read"}), Fail(), times=None))
+            disk.script.add(Rule(frozenset({"read"}), Delay(1.0)))
+        reading = asyncio.ensure_future(reader._stripe_bytes(row, 0, length, trusted=True))
+        await asyncio.sleep(0.5)
+        state.table.remove(row.id)
+        state.forget_places()
+        assert await reading == before is not None
 
     with_pool(scenario)
 

@@ -7,26 +7,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pool.gate import Gate
-from pool.slots import FreeSlots
+from pool.slots import SPARE, FreeSlots
 
 
 @given(st.integers(1, 30), st.sets(st.integers(0, 29)), st.lists(st.integers(-1, 29), max_size=80))
-def test_the_lowest_free_slot_is_taken(total: int, taken: set[int], steps: list[int]) -> None:
+def test_which_slot_is_taken(total: int, taken: set[int], steps: list[int]) -> None:
+    """The lowest of those written before, but no more than leave `SPARE` of them."""
     slots = FreeSlots(total)
     used = {slot for slot in taken if slot < total}
     slots.occupy(used)
-    for step in steps:
+    written = set(range(max(min(SPARE, total), max(used, default=-1) + 1)))
+    for number, step in enumerate(steps):
+        free = set(range(total)) - used
+        spare, fresh = free & written, free - written
+        beyond = number % 3 > 0
         if step in used:
-            slots.give(step)
+            slots.give(step, written=number % 4 > 0)
             used.remove(step)
-        elif len(used) < total:
-            slot = slots.take()
-            assert slot == min(set(range(total)) - used)
+            written = written | {step} if number % 4 else written - {step}
+        elif spare or (fresh and beyond):
+            slot = slots.take(beyond=beyond)
+            if beyond and fresh and len(spare) <= SPARE:
+                # Any that was tried before comes before one that was not.
+                assert slot in fresh
+                written |= {slot}
+            else:
+                assert slot == min(spare)
             used.add(slot)
         else:
             with pytest.raises(IndexError):
-                slots.take()
-        assert (slots.used, slots.free) == (len(used), total - len(used))
+                slots.take(beyond=beyond)
+        spare = written - used
+        assert (slots.used, slots.free, slots.spare) == (len(used), total - len(used), len(spare))
 
 
 def test_a_slot_cannot_be_given_twice() -> None:
