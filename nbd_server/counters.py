@@ -32,6 +32,7 @@ class Counters:
     trims: int = 0
     zeroes: int = 0
     statuses: int = 0
+    caches: int = 0
     errors: int = 0
     latency: list[int] = field(default_factory=_empty_histogram)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 
-from nbd_server.constants import EINVAL, EIO, ENOMEM, ENOSPC, EPERM, ESHUTDOWN
+from nbd_server.constants import EINVAL, EIO, ENOMEM, ENOSPC, ENOTSUP, EPERM, ESHUTDOWN
 
 _WIRE_ERRORS = {
     errno.EPERM: EPERM,
@@ -28,10 +28,13 @@ class ProtocolError(Exception):
     """The client broke the protocol in a way that leaves nothing but to close its connection."""
 
 
-def wire_error(error: Exception, *, deleted: bool) -> int:
-    """The NBD error for what an export raised; anything unknown is EIO."""
+def wire_error(error: Exception, *, deleted: bool, fast: bool = False) -> int:
+    """The NBD error for what an export raised; anything unknown is EIO, and ENOTSUP is only for a
+    client that asked for something `fast`."""
     if deleted:
         return ESHUTDOWN
+    if fast and isinstance(error, OSError) and error.errno == errno.ENOTSUP:
+        return ENOTSUP
     if isinstance(error, OSError) and error.errno is not None:
         return _WIRE_ERRORS.get(error.errno, EIO)
     return EIO

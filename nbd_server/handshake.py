@@ -9,7 +9,7 @@ errors. What a client may do wrong without losing its connection is answered, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from struct import Struct
 
@@ -18,6 +18,7 @@ from nbd_server.errors import ProtocolError
 from nbd_server.export import Export
 from nbd_server.limits import Limits
 from nbd_server.options import MalformedOption, parse_info, parse_meta_context
+from nbd_server.replies import Framing
 
 _GREETING = Struct(">QQH")
 _CLIENT_FLAGS = Struct(">I")
@@ -38,9 +39,11 @@ class Agreement:
     """What the transmission phase goes by."""
 
     export: Export
-    structured: bool
-    #: Whether base:allocation was selected for this export.
-    allocation: bool
+    framing: Framing
+    #: The metadata contexts that were selected for this export, by their numbers.
+    contexts: Mapping[int, str]
+    #: What offsets and lengths are multiples of, by the client's promise.
+    alignment: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,10 @@ class Handshake:
         self._flags: int | None = None
         self._skip = 0
         self._structured = False
+        self._extended = False
+        #: Name of the export that contexts were selected for, and which.
         self._contexts_of: str | None = None
+        self._contexts: dict[int, str] = {}
         self._handlers: dict[int, Callable[[bytes], None]] = {
             nbd.OPT_EXPORT_NAME: self._export_name,
             nbd.OPT_LIST: self._list,
@@ -75,6 +81,7 @@ class Handshake:
             nbd.OPT_STRUCTURED_REPLY: self._structured_reply,
             nbd.OPT_LIST_META_CONTEXT: self._list_meta_context,
             nbd.OPT_SET_META_CONTEXT: self._set_meta_context,
+            nbd.OPT_EXTENDED_HEADERS: self._extended_headers,
         }
         self.outcome: Agreement | None = None
         self.aborted = False
@@ -154,6 +161,8 @@ class Handshake:
     # --- options -----------------------------------------------------------------------------
 
     def _export_name(self, data: bytes) -> None:
+        if self._extended:
+            raise ProtocolError("EXPORT_NAME after EXTENDED_HEADERS")
         try:
             name = data.decode()
         except UnicodeDecodeError:
@@ -187,12 +196,14 @@ class Handshake:
             self._reply(option, nbd.REP_INFO, body)
         self._reply(option, nbd.REP_ACK)
         if option == nbd.OPT_GO:
-            self._agree(name, export)
+            obeys = nbd.INFO_BLOCK_SIZE in wanted
+            self._agree(name, export, self._limits.minimum_block if obeys else 1)
 
     def _information(self, export: Export, wanted: frozenset[int]) -> list[bytes]:
         """EXPORT and BLOCK_SIZE go out unasked, the rest where it was asked for."""
         flags = self._transmission_flags(export)
-        sizes = nbd.MIN_BLOCK, nbd.PREFERRED_BLOCK, self._limits.payload_bytes
+        smallest = self._limits.minimum_block
+        sizes = smallest, max(smallest, nbd.PREFERRED_BLOCK), self._limits.payload_bytes
         bodies = [
             _INFO_EXPORT.pack(nbd.INFO_EXPORT, export.size, flags),
             _INFO_BLOCK_SIZE.pack(nbd.INFO_BLOCK_SIZE, *sizes),
@@ -206,17 +217,30 @@ class Handshake:
     def _structured_reply(self, data: bytes) -> None:
         if data:
             raise MalformedOption("STRUCTURED_REPLY takes no data")
+        if self._extended:
+            text = "EXTENDED_HEADERS includes it"
+            self._fail(nbd.OPT_STRUCTURED_REPLY, nbd.REP_ERR_EXT_HEADER_REQD, text)
+            return
         self._structured = True
         self._reply(nbd.OPT_STRUCTURED_REPLY, nbd.REP_ACK)
+
+    def _extended_headers(self, data: bytes) -> None:
+        if data:
+            raise MalformedOption("EXTENDED_HEADERS takes no data")
+        self._structured = self._extended = True
+        self._reply(nbd.OPT_EXTENDED_HEADERS, nbd.REP_ACK)
 
     def _list_meta_context(self, data: bytes) -> None:
         option = nbd.OPT_LIST_META_CONTEXT
         name, queries = parse_meta_context(data)
-        if self._exports.get(name) is None:
+        export = self._exports.get(name)
+        if export is None:
             self._fail(option, nbd.REP_ERR_UNKNOWN, f"export {name[:64]!r} is unknown")
             return
-        if not queries or not queries.isdisjoint({"base:", nbd.BASE_ALLOCATION}):
-            self._meta_context(option, 0)
+        for context in _contexts(export).values():
+            namespace = context.partition(":")[0] + ":"
+            if not queries or not queries.isdisjoint({namespace, context}):
+                self._meta_context(option, 0, context)
         self._reply(option, nbd.REP_ACK)
 
     def _set_meta_context(self, data: bytes) -> None:
@@ -226,19 +250,22 @@ class Handshake:
         if not self._structured:
             raise MalformedOption("SET_META_CONTEXT needs STRUCTURED_REPLY first")
         name, queries = parse_meta_context(data)
-        if self._exports.get(name) is None:
+        export = self._exports.get(name)
+        if export is None:
             self._fail(option, nbd.REP_ERR_UNKNOWN, f"export {name[:64]!r} is unknown")
             return
-        if nbd.BASE_ALLOCATION in queries:
-            self._meta_context(option, nbd.BASE_ALLOCATION_ID)
-            self._contexts_of = name
+        chosen = {n: context for n, context in _contexts(export).items() if context in queries}
+        self._contexts_of, self._contexts = name, chosen
+        for number, context in chosen.items():
+            self._meta_context(option, number, context)
         self._reply(option, nbd.REP_ACK)
 
     # --- replies -----------------------------------------------------------------------------
 
-    def _agree(self, name: str, export: Export) -> None:
-        allocation = self._contexts_of == name
-        self.outcome = Agreement(export, structured=self._structured, allocation=allocation)
+    def _agree(self, name: str, export: Export, alignment: int = 1) -> None:
+        contexts = self._contexts if self._contexts_of == name else {}
+        framing = Framing(self._structured, self._extended)
+        self.outcome = Agreement(export, framing, contexts, alignment)
 
     def _transmission_flags(self, export: Export) -> int:
         flags = (
@@ -246,15 +273,19 @@ class Handshake:
             | nbd.TRANSMIT_SEND_FLUSH
             | nbd.TRANSMIT_SEND_FUA
             | nbd.TRANSMIT_CAN_MULTI_CONN
+            | nbd.TRANSMIT_SEND_CACHE
         )
         if export.read_only:
             flags |= nbd.TRANSMIT_READ_ONLY
         else:
             flags |= nbd.TRANSMIT_SEND_TRIM | nbd.TRANSMIT_SEND_WRITE_ZEROES
-        return flags | nbd.TRANSMIT_SEND_DF if self._structured else flags
+            flags |= nbd.TRANSMIT_SEND_FAST_ZERO
+        if self._structured:
+            flags |= nbd.TRANSMIT_SEND_DF
+        return flags | nbd.TRANSMIT_BLOCK_STATUS_PAYLOAD if self._extended else flags
 
-    def _meta_context(self, option: int, identity: int) -> None:
-        body = _LENGTH.pack(identity) + nbd.BASE_ALLOCATION.encode()
+    def _meta_context(self, option: int, identity: int, name: str) -> None:
+        body = _LENGTH.pack(identity) + name.encode()
         self._reply(option, nbd.REP_META_CONTEXT, body)
 
     def _fail(self, option: int, kind: int, text: str) -> None:
@@ -263,3 +294,8 @@ class Handshake:
     def _reply(self, option: int, kind: int, body: bytes = b"") -> None:
         header = _REPLY.pack(nbd.OPTION_REPLY_MAGIC, option, kind, len(body))
         self._replies.append(header + body)
+
+
+def _contexts(export: Export) -> dict[int, str]:
+    """All metadata contexts of an export, by the numbers that they get when they are selected."""
+    return dict(enumerate((nbd.BASE_ALLOCATION, *export.contexts), start=1))

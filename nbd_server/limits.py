@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbd_server.constants import MAX_PAYLOAD
+from nbd_server.constants import MAX_PAYLOAD, MIN_BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class Limits:
     option_bytes: int = 64 << 10
     #: Option data that is skipped at most; longer data ends the connection.
     skipped_option_bytes: int = 64 << 20
+    #: Smallest unit that is advertised; who asks for it has promised to keep to it.
+    minimum_block: int = MIN_BLOCK
     #: Longest READ and WRITE; a longer WRITE ends the connection.
     payload_bytes: int = MAX_PAYLOAD
     #: Payloads and replies of one connection in memory; above it the socket is not read.

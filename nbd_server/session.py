@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbd_server.buffers import Budget, BufferPool
-from nbd_server.constants import CMD_WRITE, EINVAL
+from nbd_server.constants import CMD_FLAG_PAYLOAD_LEN, CMD_WRITE, EINVAL
 from nbd_server.counters import Counters
 from nbd_server.errors import ProtocolError
 from nbd_server.export import Export
@@ -61,7 +61,7 @@ class Shared:
 
 @dataclass(slots=True)
 class _Payload:
-    """The payload of a long WRITE on its way in; without a buffer it is refused and discarded."""
+    """A long payload on its way in; without a buffer it is refused and discarded."""
 
     request: Request
     buffer: memoryview | None
@@ -77,7 +77,7 @@ class _Payload:
 class _Waiting:
     """A request that waits for the export."""
 
-    cookie: int
+    request: Request
     #: Bytes that it is accounted for.
     held: int
     #: A buffer of the pool that its payload lies in.
@@ -160,9 +160,9 @@ class Session:
             return
         self._expelled = True
         # What is done already has been answered; cancel() says so with False.
-        cookies = [waiting.cookie for task, waiting in self._tasks.items() if task.cancel()]
-        for cookie in cookies:
-            self._outbox.send(memoryview(transmission.shut_down(cookie)))
+        requests = [waiting.request for task, waiting in self._tasks.items() if task.cancel()]
+        for request in requests:
+            self._outbox.send(memoryview(transmission.shut_down(request)))
         self.finish()
 
     def close(self, reason: str | None = None) -> None:
@@ -327,7 +327,7 @@ class Session:
     # --- transmission --------------------------------------------------------------------------
 
     def _take_requests(self, transmission: Transmission, data: memoryview) -> None:
-        batch = parse(data, self._shared.limits)
+        batch = parse(data, self._shared.limits, extended=transmission.extended)
         if batch.requests:
             self._answer(transmission, batch.requests, data)
         if self.closed or self.finishing:
@@ -360,13 +360,13 @@ class Session:
             return
         for request in later:
             payload = None
-            if request[1] == CMD_WRITE:
+            if request[1] == CMD_WRITE or request[0] & CMD_FLAG_PAYLOAD_LEN:
                 at = request[5]
                 payload = memoryview(bytes(data[at : at + request[4]]))
             self._spawn(transmission, request, payload, began)
 
     def _shut_down(self, transmission: Transmission, requests: list[Request]) -> None:
-        replies = [transmission.shut_down(request[2]) for request in requests]
+        replies = [transmission.shut_down(request) for request in requests]
         self._outbox.send(memoryview(b"".join(replies)))
         self.expel()
 
@@ -392,7 +392,7 @@ class Session:
         if payload.buffer is None:
             self._payload = None
             refused = payload.refusal or (EINVAL, "refused")
-            self._outbox.send(memoryview(transmission.refuse(request[2], *refused)))
+            self._outbox.send(memoryview(transmission.refuse(request, *refused)))
             return
         data = payload.buffer[: request[4]]
         if len(data) <= self._shared.limits.batch_bytes or transmission.export.closed:
@@ -426,7 +426,7 @@ class Session:
         self._hold(held)
         work = self._serve(transmission, request, payload, began)
         task = self._shared.loop.create_task(work)
-        self._tasks[task] = _Waiting(request[2], held, pooled)
+        self._tasks[task] = _Waiting(request, held, pooled)
         task.add_done_callback(self._served)
 
     async def _serve(

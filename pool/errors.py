@@ -32,10 +32,12 @@ class PoolFull(OSError):
 
 
 class DataLost(OSError):
-    """More shards of a stripe are missing than its parity can replace (P4)."""
+    """More shards of a stripe are missing than its parity can replace (P4). `offset` is where in a
+    volume, if a read of one met it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.EIO, message)
+        self.offset: int | None = None
 
 
 class PoolStopped(OSError):

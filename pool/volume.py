@@ -12,9 +12,10 @@ that waited for the old block looks again whether it still is the block's conten
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from crc32c import crc32c
 
@@ -27,11 +28,13 @@ from pool.errors import DataLost, PoolStopped
 from pool.failpoints import reached
 from pool.format.location import (
     HOLE,
+    POSITION_MASK,
     SHARD_SHIFT,
     TAG_JOURNAL,
     TAG_SHIFT,
     TAG_STRIPE,
     ZERO,
+    stripe_of,
 )
 from pool.format.record import KIND_TRIM, KIND_ZERO
 
@@ -42,6 +45,8 @@ EXTENT_ZERO = 2
 PIECE_LEAVES = 256
 #: How often a block that cannot be read is looked up again (R14).
 LOOKUPS = 4
+#: The most that is brought into memory for one request: it is a hint only.
+CACHE_BYTES = 64 << 20
 BLOCK_SHIFT = 12
 _OFFSET = BLOCK_SIZE - 1
 
@@ -81,6 +86,16 @@ class Volume:
 
     def try_read(self, offset: int, into: memoryview) -> bool:
         """Fill `into` without waiting and return True if every block was at hand and right."""
+        found = self.try_read_sparse(offset, into)
+        if found is True or found is False:
+            return found
+        for at, count in found:
+            into[at : at + count] = bytes(count)
+        return True
+
+    def try_read_sparse(self, offset: int, into: memoryview) -> bool | Sequence[tuple[int, int]]:
+        """As `try_read`, but blocks that read as zeros may be left as they are: then where in
+        `into` they are, as (first byte, bytes)."""
         length = len(into)
         if offset & _OFFSET or length & _OFFSET:
             return self._try_read_unaligned(offset, into)
@@ -90,23 +105,23 @@ class Volume:
             if leaf is None:
                 if block >> LEAF_SHIFT in self._map.pointers:
                     return False
-                into[:] = _ZEROS
-                return True
+                return _ONE_BLOCK
             location, crc = leaf.get(block & LEAF_MASK)
             if location in _ZERO_LOCATIONS:
-                into[:] = _ZEROS
-                return True
+                return _ONE_BLOCK
             return self._engine.reader.try_run(location, into) and crc32c(into) == crc
         if self._map.missing(block, length >> BLOCK_SHIFT):
             return False
         try_run = self._engine.reader.try_run
+        zeros: list[tuple[int, int]] = []
         for location, at, count, crcs in self._runs(block, length >> BLOCK_SHIFT):
-            part = into[at << BLOCK_SHIFT : (at + count) << BLOCK_SHIFT]
             if location in _ZERO_LOCATIONS:
-                part[:] = bytes(len(part))
-            elif not try_run(location, part) or verify(part, crcs) != -1:
+                zeros.append((at << BLOCK_SHIFT, count << BLOCK_SHIFT))
+                continue
+            part = into[at << BLOCK_SHIFT : (at + count) << BLOCK_SHIFT]
+            if not try_run(location, part) or verify(part, crcs) != -1:
                 return False
-        return True
+        return zeros or True
 
     def _try_read_unaligned(self, offset: int, into: memoryview) -> bool:
         start = offset & ~_OFFSET
@@ -188,7 +203,14 @@ class Volume:
                 await self._resident(block, len(crcs))
                 runs = list(self._runs(block, len(crcs)))
                 if len(runs) == 1 and runs[0][0] == location and isinstance(error, DataLost):
+                    if len(crcs) > 1:
+                        # So that the error says which block it is.
+                        for i, crc in enumerate(crcs):
+                            one = part[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
+                            await self._read_run(block + i, location + i, one, [crc])
+                        return
                     self._state.counters["lost_reads"] += 1
+                    error.offset = block << BLOCK_SHIFT
                     raise
                 if len(runs) != 1 or runs[0][0] in (HOLE, ZERO):
                     await self._read_part(block, part)
@@ -337,10 +359,15 @@ class Volume:
         end = (offset + length) >> BLOCK_SHIFT
         await self._range(KIND_TRIM, first, end)
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
-        """Make the range read as zeros; with `no_hole` it keeps (or gets) space."""
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool, fast: bool = False
+    ) -> None:
+        """Make the range read as zeros; with `no_hole` it keeps (or gets) space. Raises ENOTSUP if
+        it was to be `fast` and has no whole block: that takes a write like any other."""
         first = (offset + _OFFSET) >> BLOCK_SHIFT
         end = (offset + length) >> BLOCK_SHIFT
+        if fast and first >= end:
+            raise OSError(errno.ENOTSUP, "less than a block cannot be zeroed faster than written")
         if first > end:
             await self.write(offset, memoryview(bytes(length)))
             return
@@ -396,8 +423,46 @@ class Volume:
         if not self._engine.read_only:
             await self._engine.flush()
 
-    async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    async def cache(self, offset: int, length: int) -> None:
+        """Bring the range into memory: map leaves, and what the page cache lacks."""
+        scratch = memoryview(bytearray(min(length, self._piece)))
+        start, end = offset & ~_OFFSET, min(offset + length, offset + CACHE_BYTES)
+        while start < end:
+            now = min(len(scratch), end - start)
+            if not self.try_read(start, scratch[:now]):
+                await self.read(start, scratch[:now])
+            start += now
+            await asyncio.sleep(0)
+
+    @property
+    def contexts(self) -> Sequence[str]:
+        """What `extents` can tell besides base:allocation."""
+        return tuple(self._contexts)[1:]
+
+    @property
+    def _contexts(self) -> dict[str, Callable[[int], int]]:
+        return {
+            "base:allocation": _allocation,
+            "qemu:allocation-depth": _depth,
+            "stripewell:redundancy": self._redundancy,
+        }
+
+    def _redundancy(self, location: int) -> int:
+        """How many more devices may be lost before what is there is."""
+        state, tag = self._state, location >> TAG_SHIFT
+        if tag == TAG_JOURNAL:
+            return max(0, len(state.journal.sources(location & POSITION_MASK)) - 1)
+        if tag != TAG_STRIPE:
+            return state.parity
+        row = state.row(stripe_of(location))
+        there = [d for d, _ in row.places if d in state.members and state.members[d].present]
+        return max(0, len(there) - row.shape.data)
+
+    async def extents(
+        self, offset: int, length: int, limit: int, context: str = "base:allocation"
+    ) -> list[tuple[int, int]]:
         """(bytes, flags) from `offset`: at most `limit` of them, and never beyond the range."""
+        describe = self._contexts[context]
         found: list[tuple[int, int]] = []
         at, end = offset, offset + length
         while at < end:
@@ -406,9 +471,7 @@ class Volume:
             await self._resident(block, count)
             for location, first, now, _ in self._runs(block, count):
                 stop = min((block + first + now) << BLOCK_SHIFT, end)
-                flags = EXTENT_HOLE | EXTENT_ZERO if location == HOLE else 0
-                if location == ZERO:
-                    flags = EXTENT_ZERO
+                flags = describe(location)
                 if found and found[-1][1] == flags:
                     found[-1] = (found[-1][0] + stop - at, flags)
                 elif len(found) == limit:
@@ -458,5 +521,15 @@ def _split(locations: array[int], crcs: array[int], at: int) -> Iterator[Run]:
         start = stop
 
 
-_ZEROS = bytes(BLOCK_SIZE)
+def _allocation(location: int) -> int:
+    return {HOLE: EXTENT_HOLE | EXTENT_ZERO, ZERO: EXTENT_ZERO}.get(location, 0)
+
+
+def _depth(location: int) -> int:
+    """As QEMU counts: 0 where nothing is, 1 in the volume itself."""
+    return int(location != HOLE)
+
+
+#: A read of one block that reads as zeros.
+_ONE_BLOCK = ((0, BLOCK_SIZE),)
 _ZERO_LOCATIONS = (HOLE, ZERO)

@@ -7,9 +7,11 @@ It follows `nbd_server.export.Export` to the letter, and can be told to wait (`s
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 
-from nbd_server.export import EXTENT_HOLE, EXTENT_ZERO
+from nbd_server.constants import BASE_ALLOCATION
+from nbd_server.export import EXTENT_HOLE, EXTENT_ZERO, Holes
 
 BLOCK = 4096
 _ZEROED = EXTENT_HOLE | EXTENT_ZERO
@@ -38,6 +40,8 @@ class MemoryExport:
         self.commits = 0
         self.flushes = 0
         self.waiting = 0
+        self.contexts = ("test:written",)
+        self.cached: list[tuple[int, int]] = []
         self.data = mmap.mmap(-1, max(size, 1), flags=_MAP)
         self._view = memoryview(self.data)
         self._written = bytearray(-(-size // BLOCK))
@@ -49,6 +53,23 @@ class MemoryExport:
             return False
         into[:] = self._view[offset : offset + len(into)]
         return True
+
+    def try_read_sparse(self, offset: int, into: memoryview) -> bool | Holes:
+        if not self.try_read(offset, into):
+            return False
+        holes: list[tuple[int, int]] = []
+        at, end = offset, offset + len(into)
+        while at < end:
+            stop = min(end, (at // BLOCK + 1) * BLOCK)
+            if not self._written[at // BLOCK]:
+                # What the server is told to be zeros it must not take from here.
+                into[at - offset : stop - offset] = b"?" * (stop - at)
+                if holes and sum(holes[-1]) == at - offset:
+                    holes[-1] = (holes[-1][0], holes[-1][1] + stop - at)
+                else:
+                    holes.append((at - offset, stop - at))
+            at = stop
+        return holes or True
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         if self.failure is not None:
@@ -76,8 +97,12 @@ class MemoryExport:
             self._zero(first * BLOCK, end * BLOCK)
             self._written[first:end] = bytes(end - first)
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool, fast: bool = False
+    ) -> None:
         await self._wait()
+        if fast and length < BLOCK:
+            raise OSError(errno.ENOTSUP, "a write would be as fast")
         self._zero(offset, offset + length)
         if no_hole:
             self._mark(offset, length)
@@ -88,7 +113,13 @@ class MemoryExport:
         await self._wait()
         self.flushes += 1
 
-    async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    async def cache(self, offset: int, length: int) -> None:
+        await self._wait()
+        self.cached.append((offset, length))
+
+    async def extents(
+        self, offset: int, length: int, limit: int, context: str = BASE_ALLOCATION
+    ) -> list[tuple[int, int]]:
         await self._wait()
         found: list[tuple[int, int]] = []
         at, end = offset, offset + length
@@ -96,7 +127,10 @@ class MemoryExport:
             state = self._written[at // BLOCK]
             other = self._written.find(0 if state else 1, at // BLOCK)
             stop = end if other < 0 else min(end, other * BLOCK)
-            found.append((stop - at, 0 if state else _ZEROED))
+            if context == BASE_ALLOCATION:
+                found.append((stop - at, 0 if state else _ZEROED))
+            else:
+                found.append((stop - at, state))
             at = stop
         return found
 

@@ -41,9 +41,9 @@ def image(tmp_path: Path) -> Path:
 def test_nbdinfo_sees_what_is_offered(served: Served) -> None:
     (export,) = json.loads(run("nbdinfo", "--json", served.uri))["exports"]
     assert export["export-size"] == SIZE
-    assert export["contexts"] == ["base:allocation"]
-    wanted = ["can_df", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"]
-    assert all(export[name] for name in wanted)
+    assert export["contexts"] == ["base:allocation", "test:written"]
+    wanted = ["cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero"]
+    assert all(export[f"can_{name}"] for name in wanted)
     sizes = [export[f"block_size_{name}"] for name in ("minimum", "preferred", "maximum")]
     assert sizes == [1, 4096, 32 << 20]
     listed = json.loads(run("nbdinfo", "--json", "--list", served.tcp_uri))

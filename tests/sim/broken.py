@@ -326,10 +326,10 @@ def old_replica(seed: int) -> None:
 
 @broken("R24, P7", "an old copy of a device is believed", first=old_replica)
 def stale_serves(patch: Patch) -> None:
-    def attach(state: State, *rest: Any) -> tuple[set[int], set[int]]:
-        present, _ = attached(state, *rest)
+    def attach(state: State, *rest: Any) -> tuple[set[int], set[int], list[str]]:
+        present, _, unfit = attached(state, *rest)
         state.behind.clear()
-        return present, set()
+        return present, set(), unfit
 
     async def forgetful(*_: object) -> set[int]:
         return set()
@@ -359,7 +359,7 @@ def no_checksums(patch: Patch) -> None:
 
 @broken("P4", "a read from memory is not verified", faults=("rot", "bits flip"), cached=1.0)
 def warm_unverified(patch: Patch) -> None:
-    def try_read(self: volume.Volume, offset: int, into: memoryview) -> bool:
+    def try_read_sparse(self: volume.Volume, offset: int, into: memoryview) -> bool:
         patch.setattr(volume, "verify", lambda *_: -1)
         patch.setattr(volume, "crc32c", lambda data: _Any())
         try:
@@ -368,8 +368,8 @@ def warm_unverified(patch: Patch) -> None:
             patch.setattr(volume, "verify", verify)
             patch.setattr(volume, "crc32c", crc32c)
 
-    tried, verify, crc32c = volume.Volume.try_read, volume.verify, volume.crc32c
-    patch.setattr(volume.Volume, "try_read", try_read)
+    tried, verify, crc32c = volume.Volume.try_read_sparse, volume.verify, volume.crc32c
+    patch.setattr(volume.Volume, "try_read_sparse", try_read_sparse)
 
 
 class _Any:

@@ -17,8 +17,6 @@ from tests.unit.nbd_server import wire
 
 from .network import Link
 
-_SIMPLE = 0x67446698
-
 
 class UnknownExport(Exception):
     """The server has no export of that name."""
@@ -34,7 +32,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._link = Link(self._loop, rng, latency, buffer, alive, self._received, self._lost)
         self.name = name
-        self.structured = rng.random() < 0.7
+        self.framing = rng.choice(("simple", "structured", "extended"))
         self.size = 0
         self.lost = False
         self._greeted = self._entered = False
@@ -53,8 +51,9 @@ class Connection:
     async def negotiate(self) -> None:
         """Enter the transmission phase. Raises UnknownExport, ConnectionError."""
         self._link.send(wire.client_flags())
-        if self.structured:
-            self._link.send(wire.option(wire.STRUCTURED))
+        if self.framing != "simple":
+            extended = self.framing == "extended"
+            self._link.send(wire.option(wire.EXTENDED if extended else wire.STRUCTURED))
             self._link.send(wire.option(wire.SET_META, wire.meta(self.name, "base:allocation")))
         self._link.send(wire.option(wire.GO, wire.info(self.name)))
         await self._ready
@@ -70,7 +69,11 @@ class Connection:
         answer = self._open[cookie] = self._loop.create_future()
         if kind == wire.READ:
             self._reads[cookie] = length
-        self._link.send(wire.request(kind, cookie, offset, length, flags, payload))
+        if self.framing == "extended":
+            flags |= wire.PAYLOAD if kind == wire.WRITE else 0
+            self._link.send(wire.extended(kind, cookie, offset, length, flags, payload))
+        else:
+            self._link.send(wire.request(kind, cookie, offset, length, flags, payload))
         return await answer
 
     def garbage(self, data: bytes) -> None:
@@ -124,16 +127,8 @@ class Connection:
     def _answered(self) -> bool:
         """Take one whole answer; False if there is none."""
         inbound = self._inbound
-        if len(inbound) < 16:
-            return False
-        magic, error, cookie = struct.unpack_from(">IIQ", inbound)
-        if magic == _SIMPLE:
-            need = 16 + (0 if error else self._reads.get(cookie, 0))
-        elif len(inbound) < 20:
-            return False
-        else:
-            need = 20 + struct.unpack_from(">I", inbound, 16)[0]
-        if len(inbound) < need:
+        need = wire.answer_size(inbound, self._reads)
+        if need is None:
             return False
         answer, rest = wire.decode_one(bytes(inbound[:need]), self._reads)
         assert not rest

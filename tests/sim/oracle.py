@@ -219,7 +219,9 @@ class _Puzzle:
         self.chain = [(number[op.after], i) for i, op in enumerate(ops) if op.after in number]
         #: Who wrote what is seen; for zeros it is found on the way.
         self.writer = self._writers()
-        self.included = np.zeros(len(ops), bool)
+        #: What must have taken effect whatever is seen.
+        self.forced = np.zeros(len(ops), bool)
+        self.included = self.forced.copy()
         self.moment = self.issued.copy()
         #: Zeroings that cannot be what is seen there, since order would then go in a circle.
         self.barred = np.zeros_like(self.covers)
@@ -242,7 +244,7 @@ class _Puzzle:
         """Zeros do not say which zeroing they come from: if the first that could be it leads
         nowhere, it is barred, and the next one is tried."""
         promised = [op.flushed or (not power_lost and op.acked < math.inf) for op in self.ops]
-        forced = np.array(promised, bool)
+        forced = self.forced = np.array(promised, bool)
         first: Violation | None = None
         for _ in range(TRIES * len(self.ops) + 1):
             self.included = forced.copy()
@@ -373,13 +375,29 @@ class _Puzzle:
             after[i] |= reached
         circle = [i for i, reached in after.items() if i in reached]
         zeroings = [i for i in circle if self.zero[i]]
-        for i in zeroings:
-            met = self.covers[[j for j in circle if not self.zero[j]]].any(axis=0)
-            self.barred[i] |= met & (self.writer == i)
+        met = self.covers[[j for j in circle if not self.zero[j]]].any(axis=0)
+        through = {i: met & (self.writer == i) for i in zeroings}
+        # Where another zeroing may be what is seen, first: elsewhere it has to be this one.
+        elsewhere = {i: here & self._others(i) for i, here in through.items()}
+        if any(here.any() for here in elsewhere.values()):
+            through = elsewhere
+        for i, here in through.items():
+            self.barred[i] |= here
         if not zeroings:
             stories = "; ".join(str(self.ops[i]) for i in circle[:4])
             raise Violation(f"P3: each of these is seen to overwrite the other: {stories}")
-        self.moment = self.issued.copy()
+        # What was taken to be there because of the wrong ones may not be.
+        self.included, self.moment = self.forced.copy(), self.issued.copy()
+        self.writer = self._writers()
+
+    def _others(self, zeroing: int) -> npt.NDArray[np.bool_]:
+        """Where zeros could come from another zeroing than this one."""
+        active = self.covers & (self.included & ~self.zero)[:, None]
+        newest = np.where(active, self.moment[:, None], 0).max(axis=0, initial=0)
+        can = self.covers & self.zero[:, None] & ~self.barred & (self.acked[:, None] > newest)
+        can[zeroing] = False
+        found: npt.NDArray[np.bool_] = can.any(axis=0)
+        return found
 
     def _story(self, at: int) -> str:
         found = [str(op) for i, op in enumerate(self.ops) if self.covers[i, at] & self.included[i]]

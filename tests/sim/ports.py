@@ -136,7 +136,7 @@ class NbdPort:
 
     async def status(self, name: str, offset: int, length: int) -> list[tuple[int, int]]:
         for connection in self._open.get(name, ()):
-            if connection.structured and not connection.lost:
+            if connection.framing != "simple" and not connection.lost:
                 try:
                     return list((await connection.request(wire.STATUS, offset, length)).extents)
                 except ConnectionError:

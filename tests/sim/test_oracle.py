@@ -149,3 +149,15 @@ def test_a_zeroing_whose_first_piece_is_not_there_is_not_what_is_seen() -> None:
     oracle.begin("v", 0, 1, zero=True, after=front)
     later = do(oracle, 0, 1, zero=True)
     assert oracle.check_recovered("v", written(later, old), power_lost=False) == 0
+
+
+def test_of_two_zeroings_in_a_circle_the_one_goes_that_the_other_can_be() -> None:
+    """The rear piece of the first never took effect, and what is seen there is the second's; its
+    front piece did, and nothing else made the zeros under it."""
+    oracle = volume()
+    base = do(oracle, 0, 8)
+    front = oracle.begin("v", 2, 3, zero=True)
+    oracle.begin("v", 3, 7, zero=True, after=front)
+    second = do(oracle, 5, 7, zero=True)
+    ops = [base, base, front, base, base, second, second, base]
+    assert oracle.check_recovered("v", written(*ops), power_lost=False) == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import struct
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +14,8 @@ from nbd_server.counters import Counters
 from nbd_server.errors import ProtocolError
 from nbd_server.handshake import Agreement, Handshake
 from nbd_server.limits import Limits
-from nbd_server.requests import HEADER, INLINE_PAYLOAD, parse
+from nbd_server.replies import Framing
+from nbd_server.requests import EXTENDED_HEADER, INLINE_PAYLOAD, Request, parse
 from nbd_server.transmission import Transmission, buffer_pool, reply_buffer_size
 from tests.memory_export import MemoryExport
 from tests.unit.nbd_server import wire
@@ -64,46 +68,79 @@ def test_negotiation(options: list[bytes], flags: int, step: int) -> None:
             assert kind != wire.ACK or not data
 
 
-request = st.one_of(
-    st.builds(
-        wire.request,
-        st.integers(0, 9),
-        st.integers(0, 2**64 - 1),
-        st.one_of(st.integers(0, SIZE + 1), st.integers(0, 2**64 - 1)),
-        st.one_of(st.integers(0, 5000), st.integers(0, 2**32 - 1)),
-        st.one_of(st.just(0), st.integers(0, 65535)),
-    ),
-    st.builds(wire.write, st.integers(0, 9), st.integers(0, SIZE + 1), st.binary(max_size=300)),
-    st.binary(max_size=40),
-)
+offsets = st.one_of(st.integers(0, SIZE + 1), st.integers(0, 2**64 - 1))
+flags = st.one_of(st.just(0), st.sampled_from([wire.DF, wire.REQ_ONE, 32]), st.integers(0, 65535))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(request, max_size=30), st.booleans(), st.booleans())
-def test_requests(parts: list[bytes], structured: bool, read_only: bool) -> None:
+def requests(*, extended: bool) -> st.SearchStrategy[list[bytes]]:
+    """Requests with any fields, writes, and noise."""
+    encode = wire.extended if extended else wire.request
+    longest = 2**64 - 1 if extended else 2**32 - 1
+    lengths = st.one_of(st.integers(0, 5000), st.integers(0, longest))
+    cookies = st.integers(0, 2**64 - 1)
+    carries = st.integers(0, 7) if extended else st.just(wire.WRITE)
+
+    def carried(kind: int, cookie: int, offset: int, payload: bytes) -> bytes:
+        mark = wire.PAYLOAD if extended else 0
+        return encode(kind, cookie, offset, len(payload), mark, payload)
+
+    status = st.builds(lambda n, ids: struct.pack(f">Q{len(ids)}I", n, *ids), lengths, contexts)
+    payloads = st.one_of(st.binary(max_size=300), status)
+    one = st.one_of(
+        st.builds(encode, st.integers(0, 9), cookies, offsets, lengths, flags),
+        st.builds(carried, carries, cookies, offsets, payloads),
+        st.binary(max_size=40),
+    )
+    return st.lists(one, max_size=30)
+
+
+contexts = st.lists(st.integers(0, 3), max_size=4)
+FRAMINGS = {
+    "simple": Framing(structured=False),
+    "structured": Framing(structured=True),
+    "extended": Framing(structured=True, extended=True),
+}
+
+
+@pytest.mark.parametrize("name", FRAMINGS)
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.booleans(), st.sampled_from([1, 512]))
+def test_requests(name: str, data: st.DataObject, read_only: bool, alignment: int) -> None:
+    """Every request gets exactly one answer, at once or from its own task."""
+    framing = FRAMINGS[name]
     export = MemoryExport("vol", SIZE, read_only=read_only)
-    agreement = Agreement(export, structured=structured, allocation=structured)
+    export.try_write(SIZE // 4, memoryview(b"x" * 5000))
+    chosen = {1: "base:allocation", 2: "test:written"} if framing.structured else {}
+    agreement = Agreement(export, framing, chosen, alignment)
     transmission = Transmission(agreement, LIMITS, Counters(), buffer_pool(LIMITS))
     out = memoryview(bytearray(reply_buffer_size(LIMITS)))
-    data = memoryview(b"".join(parts))
+    stream = memoryview(b"".join(data.draw(requests(extended=framing.extended))))
     while True:
-        batch = parse(data, LIMITS)
+        batch = parse(stream, LIMITS, extended=framing.extended)
         assert len(batch.requests) <= LIMITS.batch_requests
-        end, later = transmission.answer(batch.requests, data, out)
+        end, later = transmission.answer(batch.requests, stream, out)
         answers = wire.decode_any(bytes(out[:end]), batch.requests)
         waiting = sorted(r[2] for r in later)
         assert sorted([*answers, *waiting]) == sorted(r[2] for r in batch.requests)
-        data = data[batch.consumed :]
+        for one in later:
+            asyncio.run(carried_out(transmission, one, stream))
+        stream = stream[batch.consumed :]
         if not batch.bounded:
             break
         assert batch.consumed
     if batch.violation is None and batch.partial is None and not batch.disconnect:
-        assert len(data) < HEADER.size + INLINE_PAYLOAD
+        assert len(stream) < EXTENDED_HEADER.size + INLINE_PAYLOAD
+
+
+async def carried_out(transmission: Transmission, request: Request, stream: memoryview) -> None:
+    payload = stream[request[5] : request[5] + request[4]]
+    reply, _ = await transmission.perform(request, payload)
+    assert wire.decode_any(bytes(reply), [request]) == [request[2]]
 
 
 def test_random_bytes_are_refused_at_the_first_header() -> None:
     noise = random.Random(7)
-    for _ in range(200):
-        batch = parse(memoryview(noise.randbytes(64)), LIMITS)
+    for n in range(200):
+        batch = parse(memoryview(noise.randbytes(64)), LIMITS, extended=bool(n % 2))
         assert batch.violation is not None
         assert not batch.requests

@@ -11,13 +11,14 @@ from nbd_server.errors import ProtocolError
 from nbd_server.export import Export
 from nbd_server.handshake import GREETING, Agreement, Exports, Handshake
 from nbd_server.limits import Limits
+from nbd_server.replies import Framing
 from tests.memory_export import MemoryExport
 from tests.unit.nbd_server import wire
 
 SIZE = 1 << 20
 BASE = "base:allocation"
-WRITABLE, READ_ONLY = 0b1_0110_1101, 0b1_0000_1111
-DF = 1 << 7
+WRITABLE, READ_ONLY = 0b1101_0110_1101, 0b101_0000_1111
+DF, STATUS_PAYLOAD = 1 << 7, 1 << 12
 BLOCK_SIZES = struct.pack(">HIII", 3, 1, 4096, 32 << 20)
 
 
@@ -95,7 +96,12 @@ SURVIVED = {
         [(4, wire.UNSUP), (3, wire.SERVER), (3, wire.SERVER), (3, wire.ACK)],
     ),
     "starttls is not offered": ([O(wire.STARTTLS)], [(5, wire.UNSUP)]),
-    "extended headers are not offered": ([O(wire.EXTENDED)], [(11, wire.UNSUP)]),
+    "extended headers": ([O(wire.EXTENDED), O(11)], [(11, wire.ACK), (11, wire.ACK)]),
+    "extended headers with data": ([O(wire.EXTENDED, b"x")], [(11, wire.INVALID)]),
+    "extended headers include structured replies": (
+        [O(8), O(11), O(8), O(10, wire.meta("vol", BASE))],
+        [(8, wire.ACK), (11, wire.ACK), (8, wire.EXT_REQD), (10, wire.META), (10, wire.ACK)],
+    ),
     "list with data": ([O(wire.LIST, b"x")], [(3, wire.INVALID)]),
     "structured replies twice": ([O(8), O(8)], [(8, wire.ACK), (8, wire.ACK)]),
     "structured replies with data": ([O(8, b"x")], [(8, wire.INVALID)]),
@@ -117,7 +123,7 @@ SURVIVED = {
         [(6, wire.REP_INFO), (6, wire.REP_INFO), (6, wire.ACK)],
     ),
     "contexts without structured replies": ([O(10, wire.meta("vol", BASE))], [(10, wire.INVALID)]),
-    "list contexts": ([O(9, wire.meta("vol"))], [(9, wire.META), (9, wire.ACK)]),
+    "list contexts": ([O(9, wire.meta("vol"))], [(9, wire.META), (9, wire.META), (9, wire.ACK)]),
     "list contexts by wildcard": (
         [O(9, wire.meta("vol", "base:"))],
         [(9, wire.META), (9, wire.ACK)],
@@ -128,6 +134,14 @@ SURVIVED = {
     ),
     "list unknown contexts": ([O(9, wire.meta("vol", "qemu:", "base:x"))], [(9, wire.ACK)]),
     "list contexts of an unknown export": ([O(9, wire.meta("no"))], [(9, wire.UNKNOWN)]),
+    "list contexts of a namespace": (
+        [O(9, wire.meta("vol", "test:"))],
+        [(9, wire.META), (9, wire.ACK)],
+    ),
+    "set several contexts": (
+        [O(8), O(10, wire.meta("vol", "test:written", "no:thing", BASE))],
+        [(8, 1), (10, wire.META), (10, wire.META), (10, 1)],
+    ),
     "set contexts": ([O(8), O(10, wire.meta("vol", BASE))], [(8, 1), (10, wire.META), (10, 1)]),
     "set by wildcard selects nothing": (
         [O(8), O(10, wire.meta("vol", "base:"))],
@@ -171,6 +185,7 @@ VIOLATIONS = {
     "a request instead of an option": wire.client_flags() + wire.request(wire.READ, length=1),
     "an option that is too long to skip": wire.client_flags() + O(6, length=(64 << 20) + 1),
     "an unknown option of 4 GiB": wire.client_flags() + O(99, length=0xFFFFFFFF),
+    "EXPORT_NAME after extended headers": wire.client_flags() + O(11) + O(1, b"vol"),
     "EXPORT_NAME of an unknown export": wire.client_flags() + O(1, b"no"),
     "EXPORT_NAME of a deleted export": wire.client_flags() + O(1, b"dead"),
     "EXPORT_NAME that is too long": wire.client_flags() + O(1, b"v" * 4097),
@@ -183,7 +198,7 @@ VIOLATIONS = {
 def test_closes_without_a_reply(case: str) -> None:
     result = three_ways(VIOLATIONS[case], b"more")
     assert result.violation is not None
-    assert result.replies == b""
+    assert wire.option_replies(result.replies) in ([], [(11, wire.ACK, b"")])
 
 
 def test_abort_is_acknowledged_whatever_it_carries() -> None:
@@ -211,8 +226,8 @@ def test_go(name: str, structured: bool, flags: int) -> None:
     stream = wire.client_flags() + options + O(wire.GO, wire.info(name))
     result = three_ways(stream, wire.request(wire.READ, length=1))
     assert result.outcome is not None
-    assert result.outcome.structured is structured
-    assert not result.outcome.allocation
+    assert result.outcome.framing == Framing(structured)
+    assert not result.outcome.contexts
     size = result.outcome.export.size
     assert wire.option_replies(result.replies)[-3:] == [
         (wire.GO, wire.REP_INFO, struct.pack(">HQH", 0, size, flags)),
@@ -240,7 +255,8 @@ def contexts(*options: bytes) -> bool:
     stream = wire.client_flags() + O(8) + b"".join(options) + O(7, wire.info("vol"))
     outcome = three_ways(stream, b"").outcome
     assert outcome is not None
-    return outcome.allocation
+    assert set(outcome.contexts.values()) <= {BASE}
+    return bool(outcome.contexts)
 
 
 def test_contexts_hold_for_the_export_they_were_set_for() -> None:
@@ -269,10 +285,38 @@ def test_structured_replies_hold_for_export_name_too() -> None:
     stream = wire.client_flags() + O(8) + O(10, wire.meta("vol", BASE)) + O(1, b"vol")
     outcome = three_ways(stream, b"").outcome
     assert outcome is not None
-    assert outcome.structured
-    assert outcome.allocation
+    assert outcome.framing.structured
+    assert outcome.contexts == {1: BASE}
 
 
 def test_a_failed_go_leaves_the_negotiation_open() -> None:
     stream = wire.client_flags() + O(7, wire.info("no")) + O(7, wire.info("vol"))
     assert three_ways(stream, b"").outcome is not None
+
+
+def test_extended_headers_and_all_contexts() -> None:
+    stream = (
+        wire.client_flags()
+        + O(11)
+        + O(10, wire.meta("vol", BASE, "test:written"))
+        + O(7, wire.info("vol"))
+    )
+    result = three_ways(stream, wire.extended(wire.FLUSH))
+    assert result.outcome is not None
+    assert result.outcome.framing == Framing(structured=True, extended=True)
+    assert result.outcome.contexts == {1: BASE, 2: "test:written"}
+    replies = wire.option_replies(result.replies)
+    flags = WRITABLE | DF | STATUS_PAYLOAD
+    assert (wire.GO, wire.REP_INFO, struct.pack(">HQH", 0, SIZE, flags)) in replies
+
+
+@pytest.mark.parametrize(("asked", "alignment"), [((3,), 512), ((), 1)])
+def test_who_asks_for_block_sizes_has_to_keep_to_them(
+    asked: tuple[int, ...], alignment: int
+) -> None:
+    stream = wire.client_flags() + O(7, wire.info("vol", *asked))
+    result = three_ways(stream, b"", Limits(minimum_block=512))
+    assert result.outcome is not None
+    assert result.outcome.alignment == alignment
+    sizes = struct.pack(">HIII", 3, 512, 4096, 32 << 20)
+    assert (wire.GO, wire.REP_INFO, sizes) in wire.option_replies(result.replies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from nbd_server.requests import INLINE_PAYLOAD, Batch, Request, Rules, parse, re
 from tests.unit.nbd_server import wire
 
 SIZE = 1 << 30
-RULES = Rules(read_only=False, structured=True, contexts=True, payload_bytes=32 << 20)
+RULES = Rules(False, structured=True, extended=False, contexts=1, payload_bytes=32 << 20)
 TAIL = wire.request(wire.READ, 99, length=1)[:27]
 
 
@@ -129,6 +130,8 @@ ACCEPTED = [
     (wire.TRIM, wire.FUA, 0, SIZE),
     (wire.ZEROES, wire.FUA | wire.NO_HOLE, 0, SIZE),
     (wire.STATUS, wire.FUA | wire.REQ_ONE, 0, SIZE),
+    (wire.CACHE, wire.FUA, 0, SIZE),
+    (wire.ZEROES, wire.FAST_ZERO, 0, SIZE),
 ]
 
 
@@ -138,8 +141,10 @@ def test_accepted(fields: tuple[int, int, int, int]) -> None:
     assert refusal((flags, kind, 1, offset, length, 0), SIZE, RULES) is None
 
 
-PLAIN = Rules(read_only=False, structured=False, contexts=False, payload_bytes=32 << 20)
-FROZEN = Rules(read_only=True, structured=True, contexts=True, payload_bytes=32 << 20)
+PLAIN = Rules(False, structured=False, extended=False, contexts=0, payload_bytes=32 << 20)
+LONG = Rules(False, structured=True, extended=True, contexts=1, payload_bytes=32 << 20)
+COARSE = replace(RULES, alignment=512)
+FROZEN = Rules(True, structured=True, extended=False, contexts=1, payload_bytes=32 << 20)
 REFUSED = [
     (RULES, wire.READ, 0, SIZE - 1, 2, errno.EINVAL),
     (RULES, wire.READ, 0, 2**64 - 1, 1, errno.EINVAL),
@@ -151,15 +156,26 @@ REFUSED = [
     (RULES, wire.FLUSH, wire.NO_HOLE, 0, 0, errno.EINVAL),
     (RULES, wire.TRIM, 0, SIZE, 1, errno.EINVAL),
     (RULES, wire.TRIM, wire.NO_HOLE, 0, 1, errno.EINVAL),
-    (RULES, wire.CACHE, 0, 0, 1, errno.EINVAL),
+    (RULES, wire.CACHE, wire.DF, 0, 1, errno.EINVAL),
+    (RULES, wire.CACHE, 0, SIZE, 1, errno.EINVAL),
+    (RULES, wire.READ, wire.DF, 0, (32 << 20) + 1, errno.EOVERFLOW),
     (RULES, wire.ZEROES, 0, SIZE, 1, errno.ENOSPC),
-    (RULES, wire.ZEROES, wire.FAST_ZERO, 0, 1, errno.EINVAL),
+    (RULES, wire.ZEROES, wire.DF, 0, 1, errno.EINVAL),
     (RULES, wire.STATUS, 0, SIZE, 1, errno.EINVAL),
     (RULES, wire.STATUS, 0, 0, 0, errno.EINVAL),
     (RULES, wire.STATUS, wire.DF, 0, 1, errno.EINVAL),
     (RULES, 8, 0, 0, 1, errno.EINVAL),
     (RULES, 65535, 0, 0, 0, errno.EINVAL),
     (PLAIN, wire.READ, wire.DF, 0, 1, errno.EINVAL),
+    (RULES, wire.STATUS, wire.PAYLOAD, 0, 12, errno.EINVAL),
+    (LONG, wire.READ, wire.PAYLOAD, 0, 1, errno.EINVAL),
+    (LONG, wire.READ, 0, 0, 1 << 40, errno.EINVAL),
+    (LONG, wire.STATUS, wire.PAYLOAD, 0, 7, errno.EINVAL),
+    (LONG, wire.STATUS, wire.PAYLOAD, 0, 14, errno.EINVAL),
+    (LONG, wire.STATUS, wire.PAYLOAD, 0, 20, errno.EINVAL),
+    (COARSE, wire.READ, 0, 1, 512, errno.EINVAL),
+    (COARSE, wire.WRITE, 0, 512, 1, errno.EINVAL),
+    (COARSE, wire.ZEROES, 0, SIZE - 1, 512, errno.ENOSPC),
     (PLAIN, wire.STATUS, 0, 0, 1, errno.EINVAL),
     (FROZEN, wire.WRITE, 0, 0, 1, errno.EPERM),
     (FROZEN, wire.WRITE, 0, SIZE, 1, errno.EPERM),
@@ -175,3 +191,56 @@ def test_refused(case: tuple[Rules, int, int, int, int, int]) -> None:
     assert refused is not None
     assert refused[0] == code
     assert refused[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "length"),
+    [
+        (wire.WRITE, wire.PAYLOAD | wire.FUA, 4096),
+        (wire.WRITE, 0, 4096),
+        (wire.STATUS, wire.PAYLOAD, 8),
+        (wire.STATUS, wire.PAYLOAD | wire.REQ_ONE, 12),
+        (wire.TRIM, 0, SIZE),
+    ],
+)
+def test_accepted_with_extended_headers(kind: int, flags: int, length: int) -> None:
+    assert refusal((flags, kind, 1, 0, length, 0), SIZE, LONG) is None
+
+
+def test_extended_requests_whole_and_bytewise() -> None:
+    """Any of them may have a payload, which is never taken for requests."""
+    payload = wire.extended(wire.DISC)
+    stream = (
+        wire.extended(wire.READ, 1, 5, 1 << 40)
+        + wire.extended(wire.WRITE, 2, 0, len(payload), wire.PAYLOAD, payload)
+        + wire.extended(wire.READ, 3, 0, len(payload), wire.PAYLOAD, payload)
+        + wire.extended(wire.FLUSH, 4)
+    )
+    limits = Limits(batch_bytes=1 << 50)
+    batch = parse(memoryview(stream), limits, extended=True)
+    assert [request[2] for request in batch.requests] == [1, 2, 3, 4]
+    assert batch.consumed == len(stream)
+    kept, found = b"", []
+    for byte in stream:
+        kept += bytes([byte])
+        part = parse(memoryview(kept), limits, extended=True)
+        assert part.violation is None
+        found += [request[:5] for request in part.requests]
+        kept = kept[part.consumed :]
+    assert found == [request[:5] for request in batch.requests]
+
+
+def test_headers_of_the_other_kind_are_no_headers() -> None:
+    assert parse(memoryview(wire.request(wire.FLUSH) + bytes(4)), Limits(), extended=True).violation
+    assert parse(memoryview(wire.extended(wire.FLUSH)), Limits()).violation
+
+
+def test_long_payloads_of_any_command_are_taken_off_the_stream() -> None:
+    length = INLINE_PAYLOAD + 1
+    head = wire.extended(wire.READ, 7, 0, length, wire.PAYLOAD)
+    batch = parse(memoryview(head + b"x"), Limits(), extended=True)
+    assert batch.partial is not None
+    assert batch.partial[2] == 7
+    assert batch.consumed == len(head)
+    huge = wire.extended(wire.READ, 7, 0, (32 << 20) + 1, wire.PAYLOAD)
+    assert parse(memoryview(huge), Limits(), extended=True).violation

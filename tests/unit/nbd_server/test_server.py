@@ -246,8 +246,9 @@ async def test_a_reconnecting_client_is_not_overtaken_by_its_ghost(start: Start,
 
 async def test_a_client_that_does_not_receive_is_not_read_from(start: Start) -> None:
     world = await start()
-    greedy, other = await world.client(), await world.client()
+    greedy, other = await world.client(structured=False), await world.client()
     for cookie in range(200):
+        greedy.reads[cookie] = MIB
         greedy.send(wire.request(wire.READ, cookie, 0, MIB))
     transport = greedy.writer.transport
     transport.pause_reading()  # type: ignore[attr-defined]

@@ -6,8 +6,9 @@ Written independently of the server's encoders, so that a mistake there is not m
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 IHAVEOPT = 0x49484156454F5054
@@ -16,9 +17,9 @@ FIXED, NO_ZEROES = 1, 2
 EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO = 1, 2, 3, 5, 6, 7
 STRUCTURED, LIST_META, SET_META, EXTENDED = 8, 9, 10, 11
 ACK, SERVER, REP_INFO, META = 1, 2, 3, 4
-UNSUP, INVALID, UNKNOWN, TOO_BIG = ((1 << 31) + n for n in (1, 3, 6, 9))
+UNSUP, INVALID, UNKNOWN, TOO_BIG, EXT_REQD = ((1 << 31) + n for n in (1, 3, 6, 9, 10))
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
-FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD = 1, 2, 4, 8, 16, 32
 
 
 def client_flags(flags: int = FIXED | NO_ZEROES) -> bytes:
@@ -65,19 +66,37 @@ def request(
     return header + payload
 
 
+def extended(
+    kind: int,
+    cookie: int = 1,
+    offset: int = 0,
+    length: int = 0,
+    flags: int = 0,
+    payload: bytes = b"",
+) -> bytes:
+    header = struct.pack(">IHHQQQ", 0x21E41C71, flags, kind, cookie, offset, length)
+    return header + payload
+
+
 def write(cookie: int, offset: int, payload: bytes, flags: int = 0) -> bytes:
     return request(WRITE, cookie, offset, len(payload), flags, payload)
 
 
 @dataclass
 class Answer:
-    """One reply: `data` of a read, `extents` of a status, `error` 0 on success."""
+    """One reply: `data` of a read, `extents` of a status, `error` 0 on success.
+
+    `holes` are (offset, bytes) of what a read was told to be zeros, `statuses` the extents of every
+    context by its number, `where` the offset of an error."""
 
     cookie: int
     error: int = 0
     data: bytes = b""
     extents: tuple[tuple[int, int], ...] = ()
     text: str = ""
+    holes: tuple[tuple[int, int], ...] = ()
+    statuses: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    where: int | None = None
 
 
 def decode(data: bytes, reads: dict[int, int]) -> list[Answer]:
@@ -96,12 +115,74 @@ def decode_one(data: bytes, reads: dict[int, int]) -> tuple[Answer, bytes]:
         length = 0 if error else reads.get(cookie, 0)
         assert len(data) >= 16 + length
         return Answer(cookie, error, data[16 : 16 + length]), data[16 + length :]
-    assert magic == 0x668E33EF
-    _, flags, kind, cookie, length = struct.unpack_from(">IHHQI", data)
-    body, rest = data[20 : 20 + length], data[20 + length :]
+    chunks: list[tuple[int, bytes]] = []
+    cookie = _cookie(data)
+    while True:
+        flags, kind, of, body, data = chunk(data)
+        # Chunks of different replies may be mixed; this server sends those of one together.
+        assert of == cookie
+        assert flags in (0, 1)
+        chunks.append((kind, body))
+        if flags:
+            return _assemble(cookie, chunks), data
+
+
+def answer_size(data: bytes | bytearray, reads: dict[int, int]) -> int | None:
+    """Bytes of the first answer with all its chunks; None if it has not arrived as a whole."""
+    end = 0
+    while len(data) >= end + 16:
+        magic, error, cookie = struct.unpack_from(">IIQ", data, end)
+        if magic == 0x67446698:
+            end += 16 + (0 if error else reads.get(cookie, 0))
+            return end if end <= len(data) else None
+        head = 32 if magic == 0x6E8A278C else 20
+        if len(data) < end + head:
+            return None
+        done = data[end + 5] & 1
+        length = struct.unpack_from(">Q" if head == 32 else ">4xI", data, end + head - 8)[0]
+        end += head + length
+        if done:
+            return end if end <= len(data) else None
+    return None
+
+
+def chunk(data: bytes) -> tuple[int, int, int, bytes, bytes]:
+    """Flags, type, cookie and body of the first chunk, and what follows it."""
+    magic = struct.unpack_from(">I", data)[0]
+    if magic == 0x668E33EF:
+        _, flags, kind, cookie, length = struct.unpack_from(">IHHQI", data)
+        start = 20
+    else:
+        assert magic == 0x6E8A278C
+        _, flags, kind, cookie, _, length = struct.unpack_from(">IHHQQQ", data)
+        start = 32
+    body = data[start : start + length]
     assert len(body) == length
-    assert flags == 1
-    return _chunk(kind, cookie, body), rest
+    return flags, kind, cookie, body, data[start + length :]
+
+
+def _assemble(cookie: int, chunks: list[tuple[int, bytes]]) -> Answer:
+    """One answer of all its chunks; what a read got must fit together without gap or overlap."""
+    answer = Answer(cookie)
+    pieces: list[tuple[int, bytes]] = []
+    for kind, body in chunks:
+        if kind == 1:
+            assert len(body) > 8
+            pieces.append((struct.unpack_from(">Q", body)[0], body[8:]))
+        elif kind == 2:
+            where, length = struct.unpack(">QI", body)
+            assert length
+            pieces.append((where, bytes(length)))
+            answer.holes += ((where, length),)
+        else:
+            _add(answer, kind, body)
+    pieces.sort()
+    for (at, piece), (following, _) in itertools.pairwise(pieces):
+        assert at + len(piece) == following
+    answer.data = b"".join([piece for _, piece in pieces])
+    if len(answer.statuses) == 1:
+        answer.extents = next(iter(answer.statuses.values()))
+    return answer
 
 
 def decode_any(data: bytes, requests: list[tuple[int, int, int, int, int, int]]) -> list[int]:
@@ -127,23 +208,29 @@ def _cookie(data: bytes) -> int:
     return cookie
 
 
-def _chunk(kind: int, cookie: int, body: bytes) -> Answer:
+def _add(answer: Answer, kind: int, body: bytes) -> None:
     if kind == 0:
         assert not body
-        return Answer(cookie)
-    if kind == 1:
-        assert len(body) > 8
-        return Answer(cookie, data=body[8:])
-    if kind == 5:
-        numbers = struct.unpack(f">{len(body) // 4}I", body)
-        assert numbers[0] == 1
-        assert len(numbers) >= 3
-        return Answer(cookie, extents=tuple(zip(numbers[1::2], numbers[2::2], strict=True)))
-    assert kind == (1 << 15) + 1
-    error, size = struct.unpack_from(">IH", body)
-    assert error
-    assert len(body) == 6 + size
-    return Answer(cookie, error, text=body[6:].decode())
+    elif kind in (5, 6):
+        if kind == 5:
+            context, *numbers = struct.unpack(f">{len(body) // 4}I", body)
+        else:
+            context, count = struct.unpack_from(">II", body)
+            numbers = list(struct.unpack_from(f">{2 * count}Q", body, 8))
+            assert len(body) == 8 + 16 * count
+        assert len(numbers) >= 2
+        assert context not in answer.statuses
+        answer.statuses[context] = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    else:
+        assert kind in ((1 << 15) + 1, (1 << 15) + 2)
+        answer.error, size = struct.unpack_from(">IH", body)
+        assert answer.error
+        answer.text = body[6 : 6 + size].decode()
+        if kind == (1 << 15) + 2:
+            answer.where = struct.unpack_from(">Q", body, 6 + size)[0]
+            assert len(body) == 14 + size
+        else:
+            assert len(body) == 6 + size
 
 
 class Client:
@@ -153,6 +240,7 @@ class Client:
         self.reader = reader
         self.writer = writer
         self.reads: dict[int, int] = {}
+        self._inbound = bytearray()
 
     @classmethod
     async def connect(cls, where: str | int) -> Client:
@@ -189,15 +277,14 @@ class Client:
         return option_replies(header + await self.reader.readexactly(size))[0]
 
     async def answer(self) -> Answer:
-        head = await self.reader.readexactly(16)
-        magic, error, cookie = struct.unpack(">IIQ", head)
-        if magic == 0x67446698:
-            more = 0 if error else self.reads.get(cookie, 0)
-        else:
-            head += await self.reader.readexactly(4)
-            more = struct.unpack_from(">I", head, 16)[0]
-        answer, rest = decode_one(head + await self.reader.readexactly(more), self.reads)
+        while (size := answer_size(self._inbound, self.reads)) is None:
+            more = await self.reader.read(1 << 20)
+            if not more:
+                raise asyncio.IncompleteReadError(bytes(self._inbound), None)
+            self._inbound += more
+        answer, rest = decode_one(bytes(self._inbound[:size]), self.reads)
         assert not rest
+        del self._inbound[:size]
         return answer
 
     async def ask(self, kind: int, cookie: int = 1, **fields: Any) -> Answer:
