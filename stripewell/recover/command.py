@@ -29,7 +29,7 @@ _CHANGED = "the pool was written to meanwhile: stop its daemon and try again"
 
 @click.command("recover")
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--volume", metavar="NAME", help="Restore this volume; with --to.")
+@click.option("--volume", metavar="[POOL/]VOLUME", help="Restore it; with --to.")
 @click.option("--to", "target", metavar="FILE", help="A new file, a disk (--force), - for stdout.")
 @click.option("--incomplete", is_flag=True, help="Restore what there is; lost blocks become zeros.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")

@@ -91,14 +91,23 @@ class Remains:
         return found
 
     def volume(self, name: str) -> Volume:
-        """The volume of that name. Raises UserError if there is none, or it cannot be read."""
-        volume = self.catalog.volumes.get(name)
+        """The volume of that name, alone or as POOL/VOLUME. Raises UserError if there is none, or it
+        cannot be read."""
+        volume = self.catalog.volumes.get(name) or self.catalog.volumes.get(self._bare(name))
         if volume is None:
             names = plain(", ".join(sorted(self.catalog.volumes)[:20])) or "none"
             raise UserError(f"there is no volume {name!r} (there are: {names})")
         if reason := objection(self.catalog, volume):
             raise UserError(f"volume {name!r} cannot be restored: {reason}")
         return volume
+
+    def _bare(self, path: str) -> str:
+        """VOLUME of POOL/VOLUME. Raises UserError if these are the devices of another pool."""
+        pool, slash, name = path.partition("/")
+        if slash and pool != self.root.name:
+            here = plain(self.root.name)
+            raise UserError(f"these devices hold pool {here}, not {pool!r}: write {here}/VOLUME")
+        return name if slash else path
 
     def content(self, volume: Volume) -> Content:
         """The volume's map and bytes."""

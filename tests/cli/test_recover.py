@@ -76,6 +76,17 @@ def test_a_volume_becomes_a_sparse_file(
     assert state_of(stripewell.directory) == before
 
 
+def test_a_volume_is_named_as_everywhere_else(
+    stripewell: Stripewell, urls: list[str], sample: Sample
+) -> None:
+    stripewell.ok("recover", *urls, "--volume", "tank/beta", "--to", "beta.raw")
+    assert (stripewell.directory / "beta.raw").read_bytes() == sample.volumes["beta"]
+    line = stripewell.refused("recover", *urls, "--volume", "lake/beta", "--to", "x")
+    assert "these devices hold pool tank, not 'lake': write tank/VOLUME" in line
+    line = stripewell.refused("recover", *urls, "--volume", "tank/nobody", "--to", "x")
+    assert "there is no volume 'tank/nobody' (there are: alpha, beta, late)" in line
+
+
 def test_a_volume_goes_to_stdout(stripewell: Stripewell, urls: list[str], sample: Sample) -> None:
     command = [sys.executable, "-m", "stripewell", "recover", *urls, "--volume", "alpha"]
     done = subprocess.run([*command, "--to", "-"], capture_output=True, timeout=60, check=True)
