@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stripewell.errors import UserError, one_line
+from stripewell.errors import UserError
 from stripewell.progress import shown
 from stripewell.recover.values import plain
 from stripewell.sizes import format_size
 
 if TYPE_CHECKING:
     from stripewell.recover.remains import Finding, Remains
-    from stripewell.recover.sinks import Sink
     from stripewell.recover.sources import Source
 
 _STREAM = "-"
@@ -66,7 +65,10 @@ async def _recover(urls: tuple[str, ...], **wanted: Any) -> int:
         for source in sources:
             await source.close()
     if any(source.hangs for source in sources):
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            status = 1
         os._exit(status)
     return status
 
@@ -114,7 +116,8 @@ async def _restore(
     remains: Remains, name: str, target: str, *, incomplete: bool, force: bool, as_json: bool
 ) -> int:
     from stripewell.recover.restore import restore
-    from stripewell.recover.sinks import StreamSink, open_sink
+    from stripewell.recover.root import BLOCK
+    from stripewell.recover.sinks import failed, open_sink, open_stdout
 
     volume = remains.volume(name)
     urls = [source.url for source in remains.sources]
@@ -122,23 +125,24 @@ async def _restore(
         _refuse_gaps(remains)
         with shown(f"look through {plain(name)}") as progress:
             _refuse_loss(await remains.examine(volume, progress))
-    sink: Sink
-    if target == _STREAM:
-        sink = StreamSink(sys.stdout.buffer)
-    else:
-        sink = open_sink(target, volume.size, urls, force=force)
+    stream = target == _STREAM
+    sink = open_stdout() if stream else open_sink(target, volume.size, urls, force=force)
     try:
         with shown(f"restore {plain(name)}") as progress:
-            finding = await restore(remains, volume, sink, progress)
+            stop = stream and not incomplete
+            finding = await restore(remains, volume, sink, progress, stop=stop)
+        if finding.lost.blocks and not incomplete:
+            end = finding.lost.kept[0][0] * BLOCK
+            if stream:
+                sink.finish(end)
+            _refuse_loss(finding, f"; the {end} bytes before are right, and written" * stream)
         if await remains.changed():
             raise UserError(_CHANGED)
-        if not incomplete:
-            _refuse_loss(finding)
         sink.finish(volume.size)
     except BaseException as error:
         sink.abandon()
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise UserError(f"{target}: {one_line(error)}: give it room, or another FILE") from None
+        if isinstance(error, OSError):
+            raise failed(sink, target, error) from None
         raise
     return _tell(remains, finding, target, as_json=as_json)
 
@@ -150,14 +154,14 @@ def _refuse_gaps(remains: Remains) -> None:
         raise UserError(f"{text}: bring devices back, or --incomplete to restore what there is")
 
 
-def _refuse_loss(finding: Finding) -> None:
-    """Raises UserError if blocks of the volume are lost."""
+def _refuse_loss(finding: Finding, so_far: str = "") -> None:
+    """Raises UserError if blocks of the volume are lost; `so_far` says what was done already."""
     if finding.lost.blocks:
         from stripewell.recover.report import lost_text
 
         what = f"volume {plain(finding.volume.name)}: {lost_text(finding.lost)}"
         remedy = "bring devices back, or --incomplete to have zeros in their place"
-        raise UserError(f"{what}: {remedy}")
+        raise UserError(f"{what}{so_far}: {remedy}")
 
 
 def _tell(remains: Remains, finding: Finding, target: str, *, as_json: bool) -> int:

@@ -91,7 +91,7 @@ class Remains:
         return found
 
     def volume(self, name: str) -> Volume:
-        """The volume of that name, alone or as POOL/VOLUME. Raises UserError if there is none, or it
+        """The volume named VOLUME or POOL/VOLUME. Raises UserError if there is none, or it
         cannot be read."""
         volume = self.catalog.volumes.get(name) or self.catalog.volumes.get(self._bare(name))
         if volume is None:

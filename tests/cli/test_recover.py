@@ -16,7 +16,7 @@ import pytest
 from backends.base import BLOCK_SIZE
 from stripewell import __main__ as main
 from tests.fuzz.anatomy import Anatomy
-from tests.fuzz.images import Sample, build, copied, write_files
+from tests.fuzz.images import Images, Sample, build, copied, write_files
 from tests.fuzz.mutations import forge
 from tests.sim.loop import run
 from tests.vectors.test_vectors import images as golden
@@ -88,11 +88,10 @@ def test_a_volume_is_named_as_everywhere_else(
 
 
 def test_a_volume_goes_to_stdout(stripewell: Stripewell, urls: list[str], sample: Sample) -> None:
-    command = [sys.executable, "-m", "stripewell", "recover", *urls, "--volume", "alpha"]
-    done = subprocess.run([*command, "--to", "-"], capture_output=True, timeout=60, check=True)
+    done = streamed(urls)
+    assert done.returncode == 0
     assert done.stdout == sample.volumes["alpha"]
     assert b"restored alpha" in done.stderr
-    assert b"Traceback" not in done.stderr
 
 
 def test_what_exists_and_what_is_a_device_is_not_overwritten(
@@ -164,8 +163,8 @@ def test_incomplete_restores_the_rest_and_says_where_zeros_are(stripewell: Strip
     assert found == expected
 
 
-def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, sample: Sample) -> None:
-    """All devices are there, so that only reading finds it out."""
+def rotten(sample: Sample) -> Images:
+    """All devices are there, and every shard on them is damaged, but not the map."""
     images = copied(sample.images)
     for region in Anatomy(images).regions():
         if region.structure in ("shard", "stripe header"):
@@ -176,7 +175,63 @@ def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, samp
         for region in Anatomy(copied(sample.images)).page_regions(at):
             here = slice(region.offset, region.offset + region.length)
             images[region.device][here] = sample.images[region.device][here]
-    urls = write_files(images, stripewell.directory)
+    return images
+
+
+def streamed(
+    urls: list[str], *arguments: str, volume: str = "alpha"
+) -> subprocess.CompletedProcess[bytes]:
+    """A volume restored to stdout. There is never a traceback."""
+    command = [sys.executable, "-m", "stripewell", "recover", *urls, "--volume", volume]
+    done = subprocess.run(
+        [*command, "--to", "-", *arguments], capture_output=True, timeout=60, check=False
+    )
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+def test_a_stream_ends_before_the_first_loss(stripewell: Stripewell, sample: Sample) -> None:
+    """What is written cannot be taken back, so nothing that is not right is; unless it is asked
+    for."""
+    urls = write_files(rotten(sample), stripewell.directory)
+    for volume, content in sample.volumes.items():
+        done = streamed(urls, "--incomplete", volume=volume)
+        assert len(done.stdout) == len(content)
+        if done.returncode == 0:
+            continue
+        stopped = streamed(urls, volume=volume)
+        assert stopped.returncode == 1
+        assert stopped.stdout == content[: len(stopped.stdout)]
+        [line] = stopped.stderr.decode().splitlines()
+        end = len(stopped.stdout)
+        assert f"lost (bytes {end}-" in line
+        assert f"the {end} bytes before are right, and written: bring devices back" in line
+        break
+    else:
+        raise AssertionError("no volume was damaged")
+
+
+def test_stdout_that_fails_is_one_line(urls: list[str]) -> None:
+    """A reader that left, no room, none at all: never silence with status 0."""
+    command = f"{sys.executable} -m stripewell recover {' '.join(urls)} --volume beta --to -"
+    for to, said in (
+        ("| head -c 1", "Broken pipe"),
+        ("> /dev/full", "No space left on device"),
+        (">&-", "stdout is closed"),
+    ):
+        script = f"set -o pipefail; {command} {to}"
+        done = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert line.startswith("stripewell: stdout ")
+        assert said in line
+
+
+def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, sample: Sample) -> None:
+    """All devices are there, so that only reading finds it out."""
+    urls = write_files(rotten(sample), stripewell.directory)
     before = sorted(os.listdir(stripewell.directory))
     assert "yes" in stripewell.ok("recover", *urls)
     assert recover(stripewell, *urls, "--verify").returncode == 1
