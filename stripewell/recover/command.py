@@ -54,6 +54,7 @@ async def _recover(urls: tuple[str, ...], **wanted: Any) -> int:
     from stripewell.recover.sources import open_sources
 
     sources = await open_sources(urls)
+    _warn_of_writers(sources)
     try:
         status = await _work(sources, **wanted)
     except UserError as error:
@@ -71,6 +72,16 @@ async def _recover(urls: tuple[str, ...], **wanted: Any) -> int:
             status = 1
         os._exit(status)
     return status
+
+
+def _warn_of_writers(sources: list[Source]) -> None:
+    """A warning only: whatever else is wrong, what can be read is still worth reading."""
+    if urls := [plain(source.url) for source in sources if source.in_use]:
+        from stripewell.recover.choice import plain_list
+
+        what = f"another process, a daemon perhaps, may write to {plain_list(urls)} meanwhile"
+        remedy = "what is read may be torn between two states: stop it first"
+        click.echo(f"stripewell: warning: {what}, and {remedy}", err=True)
 
 
 async def _work(

@@ -67,6 +67,7 @@ def _devices(remains: Remains) -> list[dict[str, Any]]:
             "state": "missing",
             "generation": None,
             "url": member.url,
+            "in_use": False,
             "why": "last seen there",
         }
         for member in remains.missing()
@@ -89,6 +90,7 @@ def _device(remains: Remains, source: Source, index: int | None) -> dict[str, An
         "state": state,
         "generation": newest,
         "url": source.url,
+        "in_use": source.in_use,
         "why": source.trouble,
     }
 

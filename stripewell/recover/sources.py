@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backends.base import Device, DeviceError, ObjectStore
+from backends.in_use import in_use
 from backends.open import open_backend
 from stripewell.recover.root import BLOCK
 from stripewell.recover.superblock import (
@@ -39,6 +40,8 @@ class Source:
     #: What is wrong with it; "" as long as nothing is.
     trouble: str = ""
     hangs: bool = False
+    #: Another process has it for writing: a daemon, or a mount.
+    in_use: bool = False
     #: Something of a newer format is on it.
     newer: bool = False
     superblocks: list[Superblock] = field(default_factory=list)
@@ -96,7 +99,8 @@ async def open_sources(urls: Sequence[str]) -> list[Source]:
 async def _open(url: str) -> Source:
     try:
         async with asyncio.timeout(READ_SECONDS):
-            return Source(url, await open_backend(url, writable=False))
+            backend = await open_backend(url, writable=False)
+            return Source(url, backend, in_use=await asyncio.to_thread(in_use, url))
     except TimeoutError:
         return Source(url, trouble=f"it did not open within {READ_SECONDS:.0f} s", hangs=True)
     except DeviceError as error:

@@ -319,15 +319,25 @@ def one_line_or_none(text: str) -> bool:
     return not text or (text.startswith("stripewell: ") and text.count("\n") == 1)
 
 
-def test_a_pool_that_is_being_served_can_be_read(stripewell: Stripewell) -> None:
+def test_a_pool_that_is_being_served_can_be_read_with_a_warning(stripewell: Stripewell) -> None:
     """No lock is taken, and none is in the way."""
     stripewell.create()
-    stripewell.serve()
+    daemon = stripewell.serve()
     stripewell.ok("volume", "create", "tank/vm1", "--size", "8M")
     urls = [url.partition("?")[0] for url in stripewell.devices(3)]
-    data = stripewell.json("recover", *urls)
+    listed = recover(stripewell, *urls, "--json")
+    data = json.loads(listed.stdout)
     assert [(one["name"], one["size"]) for one in data["volumes"]] == [("vm1", 8 << 20)]
     assert data["pool"]["name"] == "tank"
-    stripewell.ok("recover", *urls, "--volume", "vm1", "--to", "vm1.raw")
+    assert [device["in_use"] for device in data["pool"]["devices"]] == [True] * 3
+    done = recover(stripewell, *urls, "--volume", "vm1", "--to", "vm1.raw")
+    assert done.returncode == 0
+    for said in (listed.stderr, done.stderr):
+        [line] = said.splitlines()
+        assert line.startswith("stripewell: warning: another process, a daemon perhaps, may write")
+        assert all(url in line for url in urls)
+        assert "stop it first" in line
     assert (stripewell.directory / "vm1.raw").read_bytes() == bytes(8 << 20)
     assert stripewell.json("pool", "status", "tank")["state"] == "healthy"
+    daemon.terminate()
+    assert recover(stripewell, *urls).stderr == ""
