@@ -63,6 +63,12 @@ class Remains:
         """Members that count and are not there."""
         return absent(self.root, self.members)
 
+    def carriers(self) -> int:
+        """How many of the members that count have the root; copies of one are one."""
+        active = {self.root.members[index].uuid for index in self.root.active()}
+        there = {block.head.device for one in self.chosen.on for block in one.superblocks[:1]}
+        return len(active & there)
+
     def rivals(self) -> list[Candidate]:
         """Roots that may count instead: newer ones, and as new ones unless the chosen one is on
         its quorum."""

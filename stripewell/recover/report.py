@@ -8,7 +8,7 @@ from typing import Any
 from stripewell.output import table
 from stripewell.recover.ranges import Ranges
 from stripewell.recover.remains import Finding, Remains
-from stripewell.recover.root import BLOCK
+from stripewell.recover.root import BLOCK, Member
 from stripewell.recover.sources import Source
 from stripewell.recover.values import plain
 from stripewell.sizes import format_size
@@ -31,7 +31,7 @@ def pool_data(remains: Remains) -> dict[str, Any]:
         "root": {
             "generation": root.generation,
             "digest": remains.chosen.block.digest,
-            "devices": len(remains.chosen.newest),
+            "devices": remains.carriers(),
             "active": len(root.active()),
         },
         "others": [
@@ -49,6 +49,7 @@ def pool_data(remains: Remains) -> dict[str, Any]:
             "durable": chain.durable,
             "end": chain.end,
             "copies": len(remains.ring.copies),
+            "replicas": len(root.stream.replicas),
             "records": chain.records,
             "unflushed_records": len(chain.loose),
             "unflushed_blocks": sum(blocks for _, blocks in chain.loose),
@@ -60,24 +61,30 @@ def pool_data(remains: Remains) -> dict[str, Any]:
 
 def _devices(remains: Remains) -> list[dict[str, Any]]:
     index = {source: number for number, source in remains.members.items()}
-    used = [_device(remains, source, index.get(source)) for source in remains.sources]
-    missing = [
-        {
-            "index": member.index,
-            "state": "missing",
-            "generation": None,
-            "url": member.url,
-            "in_use": False,
-            "why": "last seen there",
-        }
-        for member in remains.missing()
-    ]
-    return used + missing
+    named = [_device(remains, source, index.get(source)) for source in remains.sources]
+    members = remains.root.members.values()
+    return named + [_absent(member) for member in members if member.index not in remains.members]
+
+
+def _absent(member: Member) -> dict[str, Any]:
+    """A member that was not named, or could not be known."""
+    return {
+        "index": member.index,
+        "state": "missing" if member.active else "gone",
+        "generation": None,
+        "url": member.url,
+        "in_use": False,
+        "why": "last seen there" + ("" if member.active else f", {_expelled(member)}"),
+    }
 
 
 def _device(remains: Remains, source: Source, index: int | None) -> dict[str, Any]:
-    if index is None:
+    member = None if index is None else remains.root.members[index]
+    why = source.trouble
+    if member is None:
         state = "not used"
+    elif not member.active:
+        state, why = "gone", why or _expelled(member)
     elif index in remains.headless:
         state = "no root"
     elif source in remains.chosen.on:
@@ -91,8 +98,12 @@ def _device(remains: Remains, source: Source, index: int | None) -> dict[str, An
         "generation": newest,
         "url": source.url,
         "in_use": source.in_use,
-        "why": source.trouble,
+        "why": why,
     }
+
+
+def _expelled(member: Member) -> str:
+    return f"the pool goes on without it: {member.reason or 'it does not say why'}"
 
 
 def volume_data(finding: Finding) -> dict[str, Any]:
@@ -130,10 +141,8 @@ def pool_text(data: dict[str, Any], line: str, volumes: Sequence[dict[str, Any]]
     lines = [
         f"pool      {plain(data['name'])} ({data['uuid']})",
         f"root      generation {root['generation']}, digest {root['digest'][:8]},"
-        f" on {root['devices']} of {root['active']} devices",
-        f"journal   from {journal['checkpoint']} to {journal['end']}, known to be flushed up to"
-        f" {journal['durable']}, {counted(journal['records'], 'record')} on"
-        f" {counted(journal['copies'], 'device')}",
+        f" on {root['devices']} of {counted(root['active'], 'active device')}",
+        f"journal   {_journal_text(journal)}",
         f"result    {line}",
         "",
         _device_table(data["devices"]),
@@ -149,6 +158,16 @@ def pool_text(data: dict[str, Any], line: str, volumes: Sequence[dict[str, Any]]
     if problems:
         lines += ["", *(f"problem: {problem}" for problem in problems)]
     return "\n".join(lines)
+
+
+def _journal_text(journal: dict[str, Any]) -> str:
+    if not journal["copies"]:
+        return f"from {journal['checkpoint']}: none of {journal['replicas']} copies is here"
+    return (
+        f"from {journal['checkpoint']} to {journal['end']}, known to be flushed up to"
+        f" {journal['durable']}, {counted(journal['records'], 'record')};"
+        f" {journal['copies']} of {journal['replicas']} copies here"
+    )
 
 
 def _device_table(devices: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,86 @@
+"""What the command says: numbers that agree with each other, and every device by name."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from stripewell.recover import report
+from tests.fuzz.anatomy import Anatomy
+from tests.fuzz.images import Images, Sample, build, copied
+from tests.sim.loop import run
+from tests.unit.stripewell.recover.support import examine
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    return run(build(random.Random(3)))
+
+
+def reported(images: Images, generation: int | None = None) -> tuple[dict[str, Any], str]:
+    """The pool as data and in words."""
+
+    async def scenario() -> tuple[dict[str, Any], str]:
+        remains = await examine(images, generation)
+        data = report.pool_data(remains)
+        return data, report.pool_text(data, report.result(remains), [])
+
+    return run(scenario())
+
+
+def test_a_copy_of_a_device_counts_as_the_same(sample: Sample) -> None:
+    images = copied(sample.images)
+    data, text = reported(images | {f"{name} again": images[name] for name in "abc"})
+    assert (data["root"]["devices"], data["root"]["active"]) == (4, 4)
+    assert "on 4 of 4 active devices" in text
+
+
+def test_a_root_that_is_not_the_newest_is_on_its_devices_all_the_same(sample: Sample) -> None:
+    images = copied(sample.images)
+    older = Anatomy(images).root["generation"] - 1
+    _, text = reported(images, older)
+    assert f"generation {older}" in text
+    assert "on 4 of 4 active devices" in text
+
+
+def test_copies_of_the_journal_are_counted_against_those_there_should_be(sample: Sample) -> None:
+    images = copied(sample.images)
+    holders = [name for name, _ in Anatomy(images).ring(0)]
+    _, text = reported(images)
+    assert f"{len(holders)} of {len(holders)} copies here" in text
+    del images[holders[0]]
+    _, text = reported(images)
+    assert f"{len(holders) - 1} of {len(holders)} copies here" in text
+
+
+def test_without_the_journal_no_number_is_made_up(sample: Sample) -> None:
+    """As of a root that names replicas on a device that is not there."""
+    images = copied(sample.images)
+    anatomy = Anatomy(images)
+    [stream] = anatomy.root["streams"]
+    stream["replicas"] = [one for one in stream["replicas"] if one["member"] == 0]
+    anatomy.write_root(anatomy.root)
+    del images["a"]
+    _, text = reported(images)
+    assert f"journal   from {stream['replay']}: none of 1 copies is here" in text
+
+
+def test_members_that_are_gone_are_listed_as_such(sample: Sample) -> None:
+    """Named or not: what the pool let go may still have what the others lack."""
+    images = copied(sample.images)
+    anatomy = Anatomy(images)
+    anatomy.root["members"][3] |= {"state": "gone", "reason": "did not answer"}
+    for name in "abc":
+        anatomy.write_root(anatomy.root, only=name)
+    there, text = reported(images)
+    assert [one["state"] for one in there["devices"]] == ["used", "used", "used", "gone"]
+    assert "on 3 of 3 active devices" in text
+    assert "memory:d (the pool goes on without it: did not answer)" in text
+    del images["d"]
+    absent, text = reported(images)
+    assert absent["devices"][3]["index"] == 3
+    assert absent["devices"][3]["state"] == "gone"
+    assert "(last seen there, the pool goes on without it: did not answer)" in text
+    assert absent["complete"]
