@@ -20,6 +20,7 @@ from stripewell.sizes import format_size
 
 if TYPE_CHECKING:
     from stripewell.recover.remains import Finding, Remains
+    from stripewell.recover.sinks import Sink
     from stripewell.recover.sources import Source
 
 _STREAM = "-"
@@ -127,7 +128,6 @@ async def _restore(
     remains: Remains, name: str, target: str, *, incomplete: bool, force: bool, as_json: bool
 ) -> int:
     from stripewell.recover.restore import restore
-    from stripewell.recover.root import BLOCK
     from stripewell.recover.sinks import failed, open_sink, open_stdout
 
     volume = remains.volume(name)
@@ -135,7 +135,7 @@ async def _restore(
     if not incomplete:
         _refuse_gaps(remains)
         with shown(f"look through {plain(name)}") as progress:
-            _refuse_loss(await remains.examine(volume, progress))
+            _refuse_loss(remains, await remains.examine(volume, progress))
     stream = target == _STREAM
     sink = open_stdout() if stream else open_sink(target, volume.size, urls, force=force)
     try:
@@ -143,10 +143,7 @@ async def _restore(
             stop = stream and not incomplete
             finding = await restore(remains, volume, sink, progress, stop=stop)
         if finding.lost.blocks and not incomplete:
-            end = finding.lost.kept[0][0] * BLOCK
-            if stream:
-                sink.finish(end)
-            _refuse_loss(finding, f"; the {end} bytes before are right, and written" * stream)
+            _refuse_loss(remains, finding, _end_stream(sink, finding) if stream else "")
         if await remains.changed():
             raise UserError(_CHANGED)
         sink.finish(volume.size)
@@ -158,21 +155,31 @@ async def _restore(
     return _tell(remains, finding, target, as_json=as_json)
 
 
+def _end_stream(sink: Sink, finding: Finding) -> str:
+    """Write the zeros that a stream lacks before the first loss, and say how far it came."""
+    from stripewell.recover.root import BLOCK
+
+    end = finding.lost.kept[0][0] * BLOCK
+    sink.finish(end)
+    return f"; the {end} bytes before are right, and written"
+
+
 def _refuse_gaps(remains: Remains) -> None:
     """Raises UserError unless everything that was ever flushed is there."""
     if gaps := remains.gaps():
-        text = "; ".join(gaps)
+        text = "; ".join([*gaps, *remains.damaged()])
         raise UserError(f"{text}: bring devices back, or --incomplete to restore what there is")
 
 
-def _refuse_loss(finding: Finding, so_far: str = "") -> None:
+def _refuse_loss(remains: Remains, finding: Finding, so_far: str = "") -> None:
     """Raises UserError if blocks of the volume are lost; `so_far` says what was done already."""
     if finding.lost.blocks:
         from stripewell.recover.report import lost_text
 
-        what = f"volume {plain(finding.volume.name)}: {lost_text(finding.lost)}"
+        lost = f"volume {plain(finding.volume.name)}: {lost_text(finding.lost)}{so_far}"
+        what = "; ".join([lost, *remains.damaged()])
         remedy = "bring devices back, or --incomplete to have zeros in their place"
-        raise UserError(f"{what}{so_far}: {remedy}")
+        raise UserError(f"{what}: {remedy}")
 
 
 def _tell(remains: Remains, finding: Finding, target: str, *, as_json: bool) -> int:
@@ -186,5 +193,6 @@ def _tell(remains: Remains, finding: Finding, target: str, *, as_json: bool) -> 
     if finding.lost.blocks:
         text += f"; {report.lost_text(finding.lost)} and are zeros there"
     both = {"pool": data, "volume": volume, "to": target}
+    text = "\n".join([text, *(f"damage: {line}" for line in data["damaged"])])
     click.echo(json.dumps(both, indent=2) if as_json else text, err=target == _STREAM)
     return 0 if whole else 1

@@ -15,6 +15,7 @@ from stripewell.recover.catalog import Catalog, Volume, objection
 from stripewell.recover.checkpoint import Checkpoint
 from stripewell.recover.choice import Candidate, candidates, choose, is_committed, unusable
 from stripewell.recover.content import Content, Part
+from stripewell.recover.damage import in_words
 from stripewell.recover.journal import Chain, Follower, Ring
 from stripewell.recover.overlay import Changes
 from stripewell.recover.problems import Problems
@@ -95,6 +96,10 @@ class Remains:
         if self.chain.damage:
             found.append(f"the journal is damaged, {self.chain.damage}")
         return found
+
+    def damaged(self) -> list[str]:
+        """What proved wrong so far, device by device."""
+        return damaged(self.sources, self.members)
 
     def volume(self, name: str) -> Volume:
         """The volume named VOLUME or POOL/VOLUME. Raises UserError if there is none, or it
@@ -185,7 +190,7 @@ async def assemble(
         headless |= await recognise(root, stripes, sources, members)
     except Unusable as error:
         missing = [one.url for one in absent(root, members)]
-        reason = f"its checkpoint is lost: {error}"
+        reason = "; ".join([f"its checkpoint is lost: {error}", *damaged(sources, members)])
         raise unusable(chosen, reason, found, missing) from None
     ring = Ring(root.stream, fresh_members(root, chosen, members), members)
     follower = Follower(ring, root.stream, catalog)
@@ -236,6 +241,16 @@ async def recognise(
 def absent(root: Root, there: dict[int, Source]) -> list[Member]:
     """Members that count and are not there."""
     return [member for i, member in root.members.items() if member.active and i not in there]
+
+
+def damaged(sources: Sequence[Source], members: dict[int, Source]) -> list[str]:
+    """Which devices proved wrong, where and how often, a line for each."""
+    index = {source: number for number, source in members.items()}
+    return [
+        f"device {index.get(source, 'unknown')} at {plain(source.url)} has {words}"
+        for source in sources
+        if (words := in_words(source.damage.counts()))
+    ]
 
 
 def _newest(source: Source) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stripewell.output import table
+from stripewell.recover.damage import Damage
 from stripewell.recover.ranges import Ranges
 from stripewell.recover.remains import Finding, Remains
 from stripewell.recover.root import BLOCK, Member
@@ -54,6 +55,7 @@ def pool_data(remains: Remains) -> dict[str, Any]:
             "unflushed_records": len(chain.loose),
             "unflushed_blocks": sum(blocks for _, blocks in chain.loose),
         },
+        "damaged": remains.damaged(),
         "problems": remains.problems.lines,
         "more_problems": remains.problems.more,
     }
@@ -74,6 +76,7 @@ def _absent(member: Member) -> dict[str, Any]:
         "generation": None,
         "url": member.url,
         "in_use": False,
+        "damage": Damage().counts(),
         "why": "last seen there" + ("" if member.active else f", {_expelled(member)}"),
     }
 
@@ -98,6 +101,7 @@ def _device(remains: Remains, source: Source, index: int | None) -> dict[str, An
         "generation": newest,
         "url": source.url,
         "in_use": source.in_use,
+        "damage": source.damage.counts(),
         "why": why,
     }
 
@@ -155,8 +159,10 @@ def pool_text(data: dict[str, Any], line: str, volumes: Sequence[dict[str, Any]]
     problems += [
         f"volume {plain(volume['name'])}: {volume['why']}" for volume in volumes if volume["why"]
     ]
-    if problems:
-        lines += ["", *(f"problem: {problem}" for problem in problems)]
+    notes = [f"damage: {line}" for line in data["damaged"]]
+    notes += [f"problem: {problem}" for problem in problems]
+    if notes:
+        lines += ["", *notes]
     return "\n".join(lines)
 
 

@@ -205,7 +205,8 @@ def test_a_stream_ends_before_the_first_loss(stripewell: Stripewell, sample: Sam
         [line] = stopped.stderr.decode().splitlines()
         end = len(stopped.stdout)
         assert f"lost (bytes {end}-" in line
-        assert f"the {end} bytes before are right, and written: bring devices back" in line
+        assert f"the {end} bytes before are right, and written; device 0 at " in line
+        assert "bring devices back, or --incomplete" in line
         break
     else:
         raise AssertionError("no volume was damaged")
@@ -237,6 +238,8 @@ def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, samp
     assert recover(stripewell, *urls, "--verify").returncode == 1
     line = stripewell.refused("recover", *urls, "--volume", "alpha", "--to", "x")
     assert "blocks of 4 KiB are lost (bytes " in line
+    assert f"device 3 at {urls[3]} has " in line
+    assert "shard blocks wrong or unreadable" in line
     assert sorted(os.listdir(stripewell.directory)) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
@@ -10,10 +11,14 @@ import pytest
 
 from backends.base import BLOCK_SIZE
 from stripewell.errors import UserError
+from stripewell.recover.restore import restore
 from tests.fuzz.anatomy import Anatomy
 from tests.fuzz.images import Images, Sample, build, copied
 from tests.sim.loop import run
-from tests.unit.stripewell.recover.support import everything, examine, restored
+from tests.unit.stripewell.recover.support import Memory, everything, examine, quiet, restored
+
+#: Zeroed at once: some blocks of a slot.
+WINDOW = 32 << 10
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +212,32 @@ def test_a_lost_leaf_and_a_lost_directory_are_lost_blocks(sample: Sample) -> Non
     lost, _ = run(scenario("leaf page"))
     everything_lost, size = run(scenario("directory page"))
     assert 0 < lost <= everything_lost <= size
+
+
+def test_what_cannot_be_taken_back_ends_before_the_first_loss(sample: Sample) -> None:
+    """Two devices lose the same window of slots: what is written is right, up to the loss."""
+
+    async def ends(images: Images) -> set[int]:
+        remains, found = await examine(images), set()
+        for name, content in sample.volumes.items():
+            sink = Memory()
+            finding = await restore(remains, remains.volume(name), sink, quiet, stop=True)
+            end = len(content)
+            if finding.lost.blocks:
+                end = finding.lost.kept[0][0] * BLOCK_SIZE
+                found.add(end)
+            assert sink.content(end) == content[:end]
+        return found
+
+    found = set()
+    slots = range(512 << 10, len(sample.images["c"]) - WINDOW, WINDOW)
+    for start in slots:
+        images = copied(sample.images)
+        for name in "cd":
+            images[name][start : start + WINDOW] = bytes(WINDOW)
+        with contextlib.suppress(UserError):
+            found |= run(ends(images))
+    assert any(found)
 
 
 def test_headers_of_another_attempt_are_not_mixed(sample: Sample) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from stripewell.recover import report
+from stripewell.recover.damage import MOST, Damage, in_words, note
 from tests.fuzz.anatomy import Anatomy
 from tests.fuzz.images import Images, Sample, build, copied
 from tests.sim.loop import run
-from tests.unit.stripewell.recover.support import examine
+from tests.unit.stripewell.recover.support import everything, examine
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,75 @@ def test_members_that_are_gone_are_listed_as_such(sample: Sample) -> None:
     assert absent["devices"][3]["state"] == "gone"
     assert "(last seen there, the pool goes on without it: did not answer)" in text
     assert absent["complete"]
+
+
+def spoilt(sample: Sample, structures: tuple[str, ...], device: str) -> Images:
+    """One device's structures with their first byte wrong."""
+    images = copied(sample.images)
+    for region in Anatomy(images).regions():
+        if region.structure in structures and region.device == device:
+            images[device][region.offset] ^= 1
+    return images
+
+
+async def damage_of(images: Images) -> list[dict[str, int]]:
+    """What is held against each device when everything was read, and nothing was lost."""
+    remains = await examine(images)
+    await everything(remains)
+    data = report.pool_data(remains)
+    text = report.pool_text(data, report.result(remains), [])
+    found = [device["damage"] for device in data["devices"]]
+    for device, damage in zip(data["devices"], found, strict=True):
+        named = f"damage: device {device['index']} at {device['url']} has "
+        assert (named in text) == any(damage.values())
+    return found
+
+
+PAGES = ("top page", "table page", "directory page", "leaf page")
+#: The structures that are spoilt, and the count that has to tell.
+KINDS = [
+    (("shard",), "shard_blocks"),
+    (("shard", "stripe header"), "shard_headers"),
+    (PAGES, "shard_blocks"),
+    (("journal header",), "journal_blocks"),
+    (("journal payload",), "journal_blocks"),
+]
+
+
+@pytest.mark.parametrize(("structures", "kind"), KINDS)
+def test_the_device_that_is_damaged_is_named(
+    sample: Sample, structures: tuple[str, ...], kind: str
+) -> None:
+    """And no other, though all of them are read to make up for it."""
+    anatomy = Anatomy(copied(sample.images))
+    device = next(one.device for one in anatomy.regions() if one.structure in structures)
+    found = run(damage_of(spoilt(sample, structures, device)))
+    for index, name in enumerate(sample.images):
+        assert (found[index][kind] > 0) == (name == device)
+        assert name == device or not any(found[index].values())
+
+
+def test_damage_is_counted_once_however_often_it_is_met(sample: Sample) -> None:
+    images = copied(sample.images)
+    first = next(copy for copy in Anatomy(images).copies if copy.device == "b")
+    images["b"][first.offset] ^= 1
+
+    async def scenario() -> None:
+        remains = await examine(images)
+        for _ in range(2):
+            await everything(remains)
+        assert remains.damaged() == ["device 1 at memory:b has 1 superblock wrong or unreadable"]
+
+    run(scenario())
+
+
+def test_a_pool_without_damage_has_none(sample: Sample) -> None:
+    """Neither what was never synced on all replicas, nor a slot that was never written."""
+    for state in (sample.images, run(build(random.Random(5), flushed=False)).images):
+        assert not any(any(one.values()) for one in run(damage_of(copied(state))))
+
+
+def test_more_damage_than_is_kept_is_said_to_be_more() -> None:
+    damage = Damage()
+    note(damage.blocks, range(MOST + 5))
+    assert in_words(damage.counts()) == "10000 or more shard blocks wrong or unreadable"
