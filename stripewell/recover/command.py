@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from stripewell.recover.sources import Source
 
 _STREAM = "-"
-_CHANGED = "the pool was written to meanwhile: stop its daemon and try again"
 
 
 @click.command("recover")
@@ -115,25 +114,25 @@ async def _list(remains: Remains, *, verify: bool, as_json: bool) -> int:
         with shown(f"read {plain(name)}") as progress:
             found = remains.catalog.volumes[name]
             findings.append(await remains.examine(found, progress, verify=verify))
-    if await remains.changed():
-        remains.problems.add(_CHANGED)
-    data, volumes = report.pool_data(remains), [report.volume_data(one) for one in findings]
-    text = report.pool_text(data, report.result(remains), volumes)
+    await remains.changed()
+    data = report.pool_data(remains, findings)
+    volumes = [report.volume_data(remains, one) for one in findings]
+    text = report.pool_text(data, report.result(remains, findings), volumes)
     click.echo(json.dumps({"pool": data, "volumes": volumes}, indent=2) if as_json else text)
-    whole = all(volume["restorable"] == "yes" for volume in volumes)
-    return 0 if data["complete"] and whole and not data["problems"] else 1
+    return 0 if data["complete"] else 1
 
 
 async def _restore(
     remains: Remains, name: str, target: str, *, incomplete: bool, force: bool, as_json: bool
 ) -> int:
+    from stripewell.recover.remains import WRITTEN_TO
     from stripewell.recover.restore import restore
     from stripewell.recover.sinks import failed, open_sink, open_stdout
 
     volume = remains.volume(name)
     urls = [source.url for source in remains.sources]
     if not incomplete:
-        _refuse_gaps(remains)
+        _refuse_doubts(remains)
         with shown(f"look through {plain(name)}") as progress:
             _refuse_loss(remains, await remains.examine(volume, progress))
     stream = target == _STREAM
@@ -145,7 +144,7 @@ async def _restore(
         if finding.lost.blocks and not incomplete:
             _refuse_loss(remains, finding, _end_stream(sink, finding) if stream else "")
         if await remains.changed():
-            raise UserError(_CHANGED)
+            raise UserError(WRITTEN_TO)
         sink.finish(volume.size)
     except BaseException as error:
         sink.abandon()
@@ -164,10 +163,10 @@ def _end_stream(sink: Sink, finding: Finding) -> str:
     return f"; the {end} bytes before are right, and written"
 
 
-def _refuse_gaps(remains: Remains) -> None:
-    """Raises UserError unless everything that was ever flushed is there."""
-    if gaps := remains.gaps():
-        text = "; ".join([*gaps, *remains.damaged()])
+def _refuse_doubts(remains: Remains) -> None:
+    """Raises UserError if the pool is not known to be all that was ever flushed."""
+    if doubts := remains.doubts():
+        text = "; ".join([*doubts, *remains.damaged()])
         raise UserError(f"{text}: bring devices back, or --incomplete to restore what there is")
 
 
@@ -186,13 +185,13 @@ def _tell(remains: Remains, finding: Finding, target: str, *, as_json: bool) -> 
     """Say what was restored; on stderr if stdout is the volume. Returns the exit status."""
     from stripewell.recover import report
 
-    data, volume = report.pool_data(remains), report.volume_data(finding)
-    whole = data["complete"] and not finding.lost.blocks
-    line = report.result(remains)
-    text = f"restored {plain(volume['name'])} ({format_size(volume['size'])}) to {target}; {line}"
+    data = report.pool_data(remains, [finding])
+    volume = report.volume_data(remains, finding)
+    line = report.result(remains, [finding], "everything of it")
     if finding.lost.blocks:
-        text += f"; {report.lost_text(finding.lost)} and are zeros there"
+        line += "; there are zeros where blocks are lost"
+    text = f"restored {plain(volume['name'])} ({format_size(volume['size'])}) to {target}; {line}"
     both = {"pool": data, "volume": volume, "to": target}
     text = "\n".join([text, *(f"damage: {line}" for line in data["damaged"])])
     click.echo(json.dumps(both, indent=2) if as_json else text, err=target == _STREAM)
-    return 0 if whole else 1
+    return 0 if data["complete"] else 1

@@ -26,6 +26,7 @@ from stripewell.recover.stripes import Stripes
 from stripewell.recover.values import Unusable, plain
 
 Progress = Callable[[int, int], None]
+WRITTEN_TO = "the pool was written to meanwhile: stop its daemon and try again"
 #: Shards that are looked for on a device without a superblock.
 _SAMPLE = 32
 
@@ -39,6 +40,8 @@ class Finding:
     data: int = 0
     zeros: int = 0
     lost: Ranges = field(default_factory=Ranges)
+    #: All of it was read. Else blocks may still prove lost.
+    verified: bool = False
 
 
 @dataclass(slots=True)
@@ -59,6 +62,8 @@ class Remains:
     changes: dict[int, Changes]
     #: Members without a superblock, known by their stripes.
     headless: set[int]
+    #: Somebody wrote to the pool since it was opened.
+    torn: bool = False
 
     def missing(self) -> list[Member]:
         """Members that count and are not there."""
@@ -97,6 +102,19 @@ class Remains:
             found.append(f"the journal is damaged, {self.chain.damage}")
         return found
 
+    def doubts(self) -> list[str]:
+        """Why nothing of this is restored as if it were all: the gaps, and what makes no sense."""
+        found = self.gaps()
+        lines, more = self.problems.lines, self.problems.more
+        if lines:
+            others = (
+                f" (and {len(lines) + more - 1} more problems)" if len(lines) + more > 1 else ""
+            )
+            found.append(f"parts of the map make no sense: {lines[0]}{others}")
+        if self.torn:
+            found.append(WRITTEN_TO)
+        return found
+
     def damaged(self) -> list[str]:
         """What proved wrong so far, device by device."""
         return damaged(self.sources, self.members)
@@ -131,7 +149,7 @@ class Remains:
     ) -> Finding:
         """What there is of a volume: by its map and the devices that are there, or, to `verify`, by
         reading all of it."""
-        finding = Finding(volume, objection(self.catalog, volume))
+        finding = Finding(volume, objection(self.catalog, volume), verified=verify)
         if finding.objection:
             return finding
         content = self.content(volume)
@@ -154,8 +172,8 @@ class Remains:
             source.hangs = source.hangs or again.hangs
             newest = [block.digest for block in again.superblocks[:1]]
             if newest and newest != [block.digest for block in source.superblocks[:1]]:
-                return True
-        return False
+                self.torn = True
+        return self.torn
 
 
 def count(finding: Finding, part: Part) -> None:

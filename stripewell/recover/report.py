@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stripewell.output import table
+from stripewell.recover.choice import plain_list
 from stripewell.recover.damage import Damage
 from stripewell.recover.ranges import Ranges
 from stripewell.recover.remains import Finding, Remains
@@ -18,10 +19,20 @@ from stripewell.sizes import format_size
 _NAMED = 5
 
 
-def pool_data(remains: Remains) -> dict[str, Any]:
-    """The pool: which root, which devices, how far the journal goes, and whether that is all."""
+#: In words, whether a volume would be restored.
+RESTORABLE = {
+    "yes": "yes",
+    "unverified": "unless damaged",
+    "incomplete": "with --incomplete",
+    "no": "no",
+}
+
+
+def pool_data(remains: Remains, findings: Sequence[Finding] = ()) -> dict[str, Any]:
+    """The pool: which root, which devices, how far the journal goes, and whether that is all, by
+    what was found of its volumes."""
     root, chain = remains.root, remains.chain
-    gaps = remains.gaps()
+    gaps = shortfalls(remains, findings)
     return {
         "name": root.name,
         "uuid": remains.chosen.block.head.pool,
@@ -110,7 +121,22 @@ def _expelled(member: Member) -> str:
     return f"the pool goes on without it: {member.reason or 'it does not say why'}"
 
 
-def volume_data(finding: Finding) -> dict[str, Any]:
+def shortfalls(remains: Remains, findings: Sequence[Finding]) -> list[str]:
+    """Why this is not all that was ever flushed; nothing if it is, as far as was looked."""
+    losses = [
+        f"volume {plain(one.volume.name)}: {lost_text(one.lost)}"
+        for one in findings
+        if one.lost.blocks
+    ]
+    losses += [
+        f"volume {plain(one.volume.name)} cannot be read: {one.objection}"
+        for one in findings
+        if one.objection
+    ]
+    return remains.doubts() + ([plain_list(losses, _NAMED)] if losses else [])
+
+
+def volume_data(remains: Remains, finding: Finding) -> dict[str, Any]:
     """One volume, in bytes; ranges of lost blocks as [offset, length]."""
     lost = finding.lost
     return {
@@ -118,7 +144,7 @@ def volume_data(finding: Finding) -> dict[str, Any]:
         "size": finding.volume.size,
         "data_bytes": finding.data * BLOCK,
         "zero_bytes": finding.zeros * BLOCK,
-        "restorable": "no" if finding.objection else "in part" if lost.blocks else "yes",
+        "restorable": _restorable(remains, finding),
         "why": finding.objection,
         "lost_blocks": lost.blocks,
         "lost": [[first * BLOCK, (end - first) * BLOCK] for first, end in lost.kept],
@@ -126,12 +152,22 @@ def volume_data(finding: Finding) -> dict[str, Any]:
     }
 
 
-def result(remains: Remains) -> str:
-    """Up to which flush it goes, in one line."""
-    gaps = remains.gaps()
-    if gaps:
+def _restorable(remains: Remains, finding: Finding) -> str:
+    """What restoring would come to, by the same tests."""
+    if finding.objection or remains.torn:
+        return "no"
+    if finding.lost.blocks or remains.doubts():
+        return "incomplete"
+    return "yes" if finding.verified else "unverified"
+
+
+def result(remains: Remains, findings: Sequence[Finding], what: str = "everything") -> str:
+    """Up to which flush it goes, in one line; `what` is what the findings are about."""
+    if gaps := shortfalls(remains, findings):
         return f"not complete: {'; '.join(gaps)}"
-    text = "complete: everything that was ever flushed is here"
+    text = f"complete: {what} that was ever flushed is here"
+    if not all(finding.verified for finding in findings):
+        text = "complete, unless what was not read is damaged: --verify reads every block"
     if remains.chain.loose:
         records = counted(len(remains.chain.loose), "record")
         blocks = counted(sum(blocks for _, blocks in remains.chain.loose), "block")
@@ -196,7 +232,7 @@ def _volume_table(volumes: Sequence[dict[str, Any]]) -> str:
             format_size(volume["size"]),
             format_size(volume["data_bytes"]),
             str(volume["lost_blocks"]),
-            volume["restorable"],
+            RESTORABLE[volume["restorable"]],
         ]
         for volume in volumes
     ]

@@ -19,7 +19,7 @@ async def restore(
     """Write all that there is of a volume; the finding says which blocks are lost and left as
     zeros. With `stop` it ends before the first of them, for what cannot be taken back. The sink is
     neither finished nor abandoned. Raises OSError if it fails."""
-    finding = Finding(volume, "")
+    finding = Finding(volume, "", verified=True)
     content = remains.content(volume)
     async for part in content.parts():
         count(finding, part)

@@ -84,7 +84,7 @@ class Stripes:
         self._anchors = {row.stripe: row for row in root.anchors}
         self._rows: Rows = np.zeros(0, row_dtype(1))
         self._headers: dict[int, _Headers] = {}
-        #: How many slots each member has: none if it is not there.
+        #: How many slots each member has: none if it is not there, or does not answer.
         self._slots = np.zeros(1 << 16, np.int64)
         for index, source in sources.items():
             self.adopt(index, source)
@@ -122,6 +122,9 @@ class Stripes:
         or from k others. Whether the bytes are right only reading tells."""
         if not len(self._rows):
             return np.zeros(len(locations), bool)
+        for index, source in self._sources.items():
+            if source.hangs:
+                self._slots[index] = 0
         ids = locations >> np.uint64(22) & _STRIPE_IDS
         at = np.minimum(np.searchsorted(self._rows["id"], ids), len(self._rows) - 1)
         rows = self._rows[at]

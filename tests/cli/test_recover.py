@@ -50,9 +50,15 @@ def test_it_lists_what_there_is_and_changes_nothing(
 ) -> None:
     before = state_of(stripewell.directory)
     out = stripewell.ok("recover", *urls)
+    assert "complete, unless what was not read is damaged: --verify reads every block" in out
+    for name in sample.volumes:
+        [line] = [line for line in out.splitlines() if line.startswith(name)]
+        assert line.endswith("unless damaged")
+    out = stripewell.ok("recover", *urls, "--verify")
     assert "complete: everything that was ever flushed is here" in out
     for name in sample.volumes:
-        assert any(line.startswith(name) and line.endswith("yes") for line in out.splitlines())
+        [line] = [line for line in out.splitlines() if line.startswith(name)]
+        assert line.endswith("yes")
     data = stripewell.json("recover", *urls, "--verify")
     assert {one["name"]: one["size"] for one in data["volumes"]} == {
         name: len(content) for name, content in sample.volumes.items()
@@ -69,6 +75,7 @@ def test_a_volume_becomes_a_sparse_file(
     before = state_of(stripewell.directory)
     said = stripewell.ok("recover", *urls[1:], "--volume", "beta", "--to", "beta.raw")
     assert "restored beta" in said
+    assert "complete: everything of it that was ever flushed is here" in said
     path = stripewell.directory / "beta.raw"
     assert path.read_bytes() == sample.volumes["beta"]
     assert path.stat().st_blocks * 512 < len(sample.volumes["beta"]) // 2
@@ -142,6 +149,8 @@ def test_a_loss_is_refused_and_named(stripewell: Stripewell) -> None:
     assert listed.returncode == 1
     assert "not complete: 2 devices are missing, or have no superblock" in listed.stdout
     assert listed.stdout.count("last seen there") == 2
+    [row] = [line for line in listed.stdout.splitlines() if line.startswith("alpha")]
+    assert row.endswith("with --incomplete")
     line = stripewell.refused("recover", *left, "--volume", "alpha", "--to", "x")
     assert "bring devices back, or --incomplete" in line
     assert sorted(os.listdir(stripewell.directory)) == [f"{n}.img" for n in "abcd"]
@@ -234,13 +243,23 @@ def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, samp
     """All devices are there, so that only reading finds it out."""
     urls = write_files(rotten(sample), stripewell.directory)
     before = sorted(os.listdir(stripewell.directory))
-    assert "yes" in stripewell.ok("recover", *urls)
-    assert recover(stripewell, *urls, "--verify").returncode == 1
+    assert "unless damaged" in stripewell.ok("recover", *urls)
+    verified = recover(stripewell, *urls, "--verify")
+    assert verified.returncode == 1
+    assert "not complete: volume alpha: 27 blocks of 4 KiB are lost" in verified.stdout
+    assert "with --incomplete" in verified.stdout
+    assert "everything" not in verified.stdout
     line = stripewell.refused("recover", *urls, "--volume", "alpha", "--to", "x")
     assert "blocks of 4 KiB are lost (bytes " in line
     assert f"device 3 at {urls[3]} has " in line
     assert "shard blocks wrong or unreadable" in line
     assert sorted(os.listdir(stripewell.directory)) == before
+    want = ("--volume", "alpha", "--to", "x", "--incomplete")
+    done = recover(stripewell, *urls, *want)
+    assert done.returncode == 1
+    assert "; not complete: volume alpha: 27 blocks of 4 KiB are lost" in done.stdout
+    assert "there are zeros where blocks are lost" in done.stdout
+    assert "everything" not in done.stdout
 
 
 def test_a_store_is_read_as_well(stripewell: Stripewell) -> None:

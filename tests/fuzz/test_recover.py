@@ -50,8 +50,9 @@ async def read_all(remains: Remains) -> None:
         findings.append(await remains.examine(volume))
         if not findings[-1].objection:
             await restore(remains, volume, Memory(), quiet)
-    volumes = [report.volume_data(finding) for finding in findings]
-    text = report.pool_text(report.pool_data(remains), report.result(remains), volumes)
+    volumes = [report.volume_data(remains, finding) for finding in findings]
+    data = report.pool_data(remains, findings)
+    text = report.pool_text(data, report.result(remains, findings), volumes)
     assert text.replace("\n", "").isprintable()
     assert not await remains.changed()
 

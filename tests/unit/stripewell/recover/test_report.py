@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -26,7 +27,7 @@ def reported(images: Images, generation: int | None = None) -> tuple[dict[str, A
     async def scenario() -> tuple[dict[str, Any], str]:
         remains = await examine(images, generation)
         data = report.pool_data(remains)
-        return data, report.pool_text(data, report.result(remains), [])
+        return data, report.pool_text(data, report.result(remains, []), [])
 
     return run(scenario())
 
@@ -101,7 +102,7 @@ async def damage_of(images: Images) -> list[dict[str, int]]:
     remains = await examine(images)
     await everything(remains)
     data = report.pool_data(remains)
-    text = report.pool_text(data, report.result(remains), [])
+    text = report.pool_text(data, report.result(remains, []), [])
     found = [device["damage"] for device in data["devices"]]
     for device, damage in zip(data["devices"], found, strict=True):
         named = f"damage: device {device['index']} at {device['url']} has "
@@ -157,3 +158,65 @@ def test_more_damage_than_is_kept_is_said_to_be_more() -> None:
     damage = Damage()
     note(damage.blocks, range(MOST + 5))
     assert in_words(damage.counts()) == "10000 or more shard blocks wrong or unreadable"
+
+
+def judged(images: Images, *, verify: bool = False) -> tuple[list[Any], str, bool]:
+    """What the listing says of alpha and of the pool; whether restoring is refused for the pool."""
+
+    async def scenario() -> tuple[list[Any], str, bool]:
+        remains = await examine(images)
+        findings = [await remains.examine(remains.catalog.volumes["alpha"], verify=verify)]
+        [volume] = [report.volume_data(remains, finding) for finding in findings]
+        line = report.result(remains, findings)
+        assert report.pool_data(remains, findings)["complete"] == (not line.startswith("not "))
+        return [volume["restorable"], volume["lost_blocks"]], line, bool(remains.doubts())
+
+    return run(scenario())
+
+
+def test_the_verdict_is_that_of_the_counts(sample: Sample) -> None:
+    said, line, _ = judged(copied(sample.images))
+    assert said == ["unverified", 0]
+    assert line.startswith("complete, unless what was not read is damaged: --verify")
+    said, line, _ = judged(copied(sample.images), verify=True)
+    assert said == ["yes", 0]
+    assert line.startswith("complete: everything that was ever flushed is here")
+    images = copied(sample.images)
+    for name in "cd":
+        images[name] = spoilt(sample, ("shard",), name)[name]
+    for region in Anatomy(copied(sample.images)).regions():
+        if region.structure in PAGES:
+            here = slice(region.offset, region.offset + region.length)
+            images[region.device][here] = sample.images[region.device][here]
+    (restorable, lost), line, _ = judged(images, verify=True)
+    assert (restorable, line.startswith("not complete: volume alpha: ")) == ("incomplete", True)
+    assert f"{lost} block" in line
+
+
+def test_what_restoring_refuses_is_not_called_restorable(sample: Sample) -> None:
+    """A map with an entry that makes no sense has lost nobody knows what: without it the blocks
+    would be taken for holes."""
+    images = copied(sample.images)
+    anatomy = Anatomy(images)
+    top = next(at for at in anatomy.pages if at.page.kind == 4)
+    found = json.loads(bytes(top.page.body))
+    found["directories"].append([1, -1, 0, 0, 0, 0])
+    anatomy.write_page(top, json.dumps(found, separators=(",", ":")).encode())
+    said, line, refused = judged(images, verify=True)
+    assert said == ["incomplete", 0]
+    assert line.startswith("not complete: parts of the map make no sense: a directory of the map")
+    assert refused
+
+
+def test_devices_that_stopped_to_answer_count_as_missing(sample: Sample) -> None:
+    async def scenario() -> None:
+        remains = await examine(copied(sample.images))
+        volume = remains.catalog.volumes["alpha"]
+        assert not (await remains.examine(volume)).lost.blocks
+        for source in remains.sources[:2]:
+            source.hangs = True
+        finding = await remains.examine(volume)
+        assert finding.lost.blocks
+        assert report.volume_data(remains, finding)["restorable"] == "incomplete"
+
+    run(scenario())
