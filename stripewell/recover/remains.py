@@ -93,6 +93,12 @@ class Remains:
                 f"{lacking} devices are missing, or have no superblock, more than the "
                 f"{self.root.parity} that may be: what was flushed last may be on them"
             )
+        elif lacking + len(hiding := self._hiding()) > self.root.parity:
+            found.append(
+                f"root slots of {len(hiding)} devices cannot be read (members "
+                f"{', '.join(map(str, hiding))}): a newer root may have been there, if it is not "
+                "that a crash tore it"
+            )
         if not self.ring.fresh:
             found.append(
                 "no device with a good copy of the journal is there: what was written after the "
@@ -101,6 +107,11 @@ class Remains:
         if self.chain.damage:
             found.append(f"the journal is damaged, {self.chain.damage}")
         return found
+
+    def _hiding(self) -> list[int]:
+        """Members that count, have a superblock, and may have had a newer one."""
+        there = self.members.keys() & self.root.active() - self.headless
+        return sorted(index for index in there if self.members[index].hides_a_root)
 
     def doubts(self) -> list[str]:
         """Why nothing of this is restored as if it were all: the gaps, and what makes no sense."""

@@ -43,6 +43,8 @@ class Source:
     hangs: bool = False
     #: Another process has it for writing: a daemon, or a mount.
     in_use: bool = False
+    #: A root slot cannot be read at either end: a newer root than all others may have been there.
+    hides_a_root: bool = False
     #: Something of a newer format is on it.
     newer: bool = False
     superblocks: list[Superblock] = field(default_factory=list)
@@ -143,7 +145,7 @@ async def _of_device(source: Source) -> list[Superblock]:
     blocks = [place.block for place in found.values() if place.block is not None]
     if blocks:
         newest = max(blocks, key=lambda block: block.head.generation)
-        source.damage.superblocks = _spoilt(found, newest.head)
+        _judge(source, found, newest.head)
     return blocks
 
 
@@ -151,15 +153,15 @@ def _end(head: Head) -> int:
     return head.size // BLOCK * BLOCK
 
 
-def _spoilt(found: dict[int, _Place], head: Head) -> int:
-    """How many superblocks are not what they should be. Each of the two slots is at both ends; the
+def _judge(source: Source, found: dict[int, _Place], head: Head) -> None:
+    """Say which superblocks are not what they should be. Each of the two slots is at both ends; the
     second is blank until the pool has its second root."""
-    spoilt = 0
     for slot in (0, head.root_bytes):
         twins = [found[at] for at in (slot, _end(head) - 2 * head.root_bytes + slot)]
-        written = any(twin.block is not None for twin in twins)
-        spoilt += sum(twin.block is None and (written or not twin.blank) for twin in twins)
-    return spoilt
+        bad = [twin for twin in twins if twin.block is None]
+        if head.generation > 1 or len(bad) < 2 or not all(twin.blank for twin in twins):
+            source.damage.superblocks += len(bad)
+            source.hides_a_root |= len(bad) == 2
 
 
 async def _at(source: Source, places: Iterable[int]) -> dict[int, _Place]:
@@ -184,5 +186,7 @@ async def _of_store(source: Source) -> list[Superblock]:
         body = await source.get(name, HEAD_BYTES, head.length) if head is not None else None
         block = parse_body(head, body) if head is not None and body is not None else None
         found += [block] if block is not None else []
-        source.damage.superblocks += first is not None and block is None
+        if first is not None and block is None:
+            source.damage.superblocks += 1
+            source.hides_a_root = True
     return found

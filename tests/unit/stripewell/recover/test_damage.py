@@ -282,6 +282,25 @@ def test_no_pool_at_all() -> None:
     assert "memory:x: no superblock" in said
 
 
+def test_a_newer_root_may_have_been_where_no_root_can_be_read(sample: Sample) -> None:
+    """A root that was committed is on more than m devices: with as many slots gone, who knows."""
+
+    async def gaps(devices: str) -> list[str]:
+        images = copied(sample.images)
+        anatomy = Anatomy(images)
+        for copy in anatomy.copies:
+            if copy.device in devices and copy.block.generation < anatomy.root["generation"]:
+                images[copy.device][copy.offset] ^= 1
+        remains = await examine(images)
+        assert await everything(remains) == sample.volumes
+        assert len(remains.damaged()) == len(devices)
+        return remains.gaps()
+
+    assert run(gaps("b")) == []
+    [gap] = run(gaps("bd"))
+    assert "root slots of 2 devices cannot be read (members 1, 3): a newer root may" in gap
+
+
 def test_a_newer_format_is_refused(sample: Sample) -> None:
     """A feature that this version does not know is never guessed at."""
     images = copied(sample.images)
