@@ -116,12 +116,10 @@ class Remains:
     def doubts(self) -> list[str]:
         """Why nothing of this is restored as if it were all: the gaps, and what makes no sense."""
         found = self.gaps()
-        lines, more = self.problems.lines, self.problems.more
-        if lines:
-            others = (
-                f" (and {len(lines) + more - 1} more problems)" if len(lines) + more > 1 else ""
-            )
-            found.append(f"parts of the map make no sense: {lines[0]}{others}")
+        if lines := self.problems.lines:
+            others = len(lines) - 1 + self.problems.more
+            more = f" (and {others} more)" if others else ""
+            found.append(f"parts of the map make no sense: {lines[0]}{more}")
         if self.torn:
             found.append(WRITTEN_TO)
         return found
