@@ -29,6 +29,14 @@ def lock_for_writing(fd: int, url: str) -> None:
         raise
 
 
+def is_locked(fd: int) -> bool:
+    """Whether somebody else holds the lock of the file behind `fd`, which may be open for reading
+    only. Takes nothing."""
+    wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, *_ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, wanted))
+    return bool(kind != fcntl.F_UNLCK)
+
+
 def busy(url: str) -> DeviceBusy:
     """Return the error of a backend that another process uses."""
     return DeviceBusy(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stripewell.errors import UserError, one_line
+from stripewell.errors import UserError
 from stripewell.progress import shown
 from stripewell.recover.values import plain
 from stripewell.sizes import format_size
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from stripewell.recover.sources import Source
 
 _STREAM = "-"
-_CHANGED = "the pool was written to meanwhile: stop its daemon and try again"
 
 
 @click.command("recover")
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--volume", metavar="NAME", help="Restore this volume; with --to.")
+@click.option("--volume", metavar="[POOL/]VOLUME", help="Restore it; with --to.")
 @click.option("--to", "target", metavar="FILE", help="A new file, a disk (--force), - for stdout.")
 @click.option("--incomplete", is_flag=True, help="Restore what there is; lost blocks become zeros.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
@@ -55,6 +54,7 @@ async def _recover(urls: tuple[str, ...], **wanted: Any) -> int:
     from stripewell.recover.sources import open_sources
 
     sources = await open_sources(urls)
+    _warn_of_writers(sources)
     try:
         status = await _work(sources, **wanted)
     except UserError as error:
@@ -66,9 +66,22 @@ async def _recover(urls: tuple[str, ...], **wanted: Any) -> int:
         for source in sources:
             await source.close()
     if any(source.hangs for source in sources):
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            status = 1
         os._exit(status)
     return status
+
+
+def _warn_of_writers(sources: list[Source]) -> None:
+    """A warning only: whatever else is wrong, what can be read is still worth reading."""
+    if urls := [plain(source.url) for source in sources if source.in_use]:
+        from stripewell.recover.choice import plain_list
+
+        what = f"another process, a daemon perhaps, may write to {plain_list(urls)} meanwhile"
+        remedy = "what is read may be torn between two states: stop it first"
+        click.echo(f"stripewell: warning: {what}, and {remedy}", err=True)
 
 
 async def _work(
@@ -101,61 +114,69 @@ async def _list(remains: Remains, *, verify: bool, as_json: bool) -> int:
         with shown(f"read {plain(name)}") as progress:
             found = remains.catalog.volumes[name]
             findings.append(await remains.examine(found, progress, verify=verify))
-    if await remains.changed():
-        remains.problems.add(_CHANGED)
-    data, volumes = report.pool_data(remains), [report.volume_data(one) for one in findings]
-    text = report.pool_text(data, report.result(remains), volumes)
+    await remains.changed()
+    data = report.pool_data(remains, findings)
+    volumes = [report.volume_data(remains, one) for one in findings]
+    text = report.pool_text(data, report.result(remains, findings), volumes)
     click.echo(json.dumps({"pool": data, "volumes": volumes}, indent=2) if as_json else text)
-    whole = all(volume["restorable"] == "yes" for volume in volumes)
-    return 0 if data["complete"] and whole and not data["problems"] else 1
+    return 0 if data["complete"] else 1
 
 
 async def _restore(
     remains: Remains, name: str, target: str, *, incomplete: bool, force: bool, as_json: bool
 ) -> int:
+    from stripewell.recover.remains import WRITTEN_TO
     from stripewell.recover.restore import restore
-    from stripewell.recover.sinks import StreamSink, open_sink
+    from stripewell.recover.sinks import failed, open_sink, open_stdout
 
     volume = remains.volume(name)
     urls = [source.url for source in remains.sources]
     if not incomplete:
-        _refuse_gaps(remains)
+        _refuse_doubts(remains)
         with shown(f"look through {plain(name)}") as progress:
-            _refuse_loss(await remains.examine(volume, progress))
-    sink: Sink
-    if target == _STREAM:
-        sink = StreamSink(sys.stdout.buffer)
-    else:
-        sink = open_sink(target, volume.size, urls, force=force)
+            _refuse_loss(remains, await remains.examine(volume, progress))
+    stream = target == _STREAM
+    sink = open_stdout() if stream else open_sink(target, volume.size, urls, force=force)
     try:
         with shown(f"restore {plain(name)}") as progress:
-            finding = await restore(remains, volume, sink, progress)
+            stop = stream and not incomplete
+            finding = await restore(remains, volume, sink, progress, stop=stop)
+        if finding.lost.blocks and not incomplete:
+            _refuse_loss(remains, finding, _end_stream(sink, finding) if stream else "")
         if await remains.changed():
-            raise UserError(_CHANGED)
-        if not incomplete:
-            _refuse_loss(finding)
+            raise UserError(WRITTEN_TO)
         sink.finish(volume.size)
     except BaseException as error:
         sink.abandon()
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise UserError(f"{target}: {one_line(error)}: give it room, or another FILE") from None
+        if isinstance(error, OSError):
+            raise failed(sink, target, error) from None
         raise
     return _tell(remains, finding, target, as_json=as_json)
 
 
-def _refuse_gaps(remains: Remains) -> None:
-    """Raises UserError unless everything that was ever flushed is there."""
-    if gaps := remains.gaps():
-        text = "; ".join(gaps)
+def _end_stream(sink: Sink, finding: Finding) -> str:
+    """Write the zeros that a stream lacks before the first loss, and say how far it came."""
+    from stripewell.recover.root import BLOCK
+
+    end = finding.lost.kept[0][0] * BLOCK
+    sink.finish(end)
+    return f"; the {end} bytes before are right, and written"
+
+
+def _refuse_doubts(remains: Remains) -> None:
+    """Raises UserError if the pool is not known to be all that was ever flushed."""
+    if doubts := remains.doubts():
+        text = "; ".join([*doubts, *remains.damaged()])
         raise UserError(f"{text}: bring devices back, or --incomplete to restore what there is")
 
 
-def _refuse_loss(finding: Finding) -> None:
-    """Raises UserError if blocks of the volume are lost."""
+def _refuse_loss(remains: Remains, finding: Finding, so_far: str = "") -> None:
+    """Raises UserError if blocks of the volume are lost; `so_far` says what was done already."""
     if finding.lost.blocks:
         from stripewell.recover.report import lost_text
 
-        what = f"volume {plain(finding.volume.name)}: {lost_text(finding.lost)}"
+        lost = f"volume {plain(finding.volume.name)}: {lost_text(finding.lost)}{so_far}"
+        what = "; ".join([lost, *remains.damaged()])
         remedy = "bring devices back, or --incomplete to have zeros in their place"
         raise UserError(f"{what}: {remedy}")
 
@@ -164,12 +185,13 @@ def _tell(remains: Remains, finding: Finding, target: str, *, as_json: bool) -> 
     """Say what was restored; on stderr if stdout is the volume. Returns the exit status."""
     from stripewell.recover import report
 
-    data, volume = report.pool_data(remains), report.volume_data(finding)
-    whole = data["complete"] and not finding.lost.blocks
-    line = report.result(remains)
-    text = f"restored {plain(volume['name'])} ({format_size(volume['size'])}) to {target}; {line}"
+    data = report.pool_data(remains, [finding])
+    volume = report.volume_data(remains, finding)
+    line = report.result(remains, [finding], "everything of it")
     if finding.lost.blocks:
-        text += f"; {report.lost_text(finding.lost)} and are zeros there"
+        line += "; there are zeros where blocks are lost"
+    text = f"restored {plain(volume['name'])} ({format_size(volume['size'])}) to {target}; {line}"
     both = {"pool": data, "volume": volume, "to": target}
+    text = "\n".join([text, *(f"damage: {line}" for line in data["damaged"])])
     click.echo(json.dumps(both, indent=2) if as_json else text, err=target == _STREAM)
-    return 0 if whole else 1
+    return 0 if data["complete"] else 1

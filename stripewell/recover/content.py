@@ -102,7 +102,7 @@ class Content:
         lost: npt.NDArray[np.bool_] = (tags == 0) & (part.locations != 0)
         stored = tags == _STRIPE
         lost[stored] = ~self.stripes.reachable(part.locations[stored])
-        if not self.ring.copies:
+        if all(copy.source.hangs for copy in self.ring.copies):
             lost |= tags == _JOURNAL
         return lost
 

@@ -8,7 +8,7 @@ torn tail or damage, `durable` tells. Called by `remains`; `Ring` also by `conte
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from stripewell.recover.catalog import Catalog, check_change
+from stripewell.recover.damage import note
 from stripewell.recover.overlay import CATALOG, DATA, TRIM, ZERO, Changes
 from stripewell.recover.root import BLOCK, Replica, Stream
 from stripewell.recover.sources import Source
-from stripewell.recover.values import Unusable, json_object
+from stripewell.recover.values import POSITIONS, Unusable, json_object
 
 #: magic, crc, revision, flags, stream, extents, blocks, previous, version, position, tail, durable
 _HEAD = struct.Struct("<8sIHHIIIIQQQQ")
@@ -110,6 +111,21 @@ class Ring:
         self.copies = [_Copy(sources[one.member], one, stream.blocks) for one in there]
         #: How many of them have all that was synced.
         self.fresh = sum(one.member in fresh for one in there)
+        #: What lies before it is on all fresh ones; until it is known, everything is.
+        self._durable = POSITIONS
+
+    def settle(self, durable: int) -> None:
+        """Tell up to where all was synced: behind it nothing that lacks is damage."""
+        self._durable = durable
+        for copy in self.copies:
+            wrong = copy.source.damage.journal
+            wrong -= {position for position in wrong if position >= durable}
+
+    def blame(self, copy: _Copy, positions: Iterable[int]) -> None:
+        """Hold it against a replica that blocks on it are not right, if they should be."""
+        if copy in self.copies[: self.fresh]:
+            wrong = (position for position in positions if position < self._durable)
+            note(copy.source.damage.journal, wrong)
 
     async def payload(self, position: int, crc: int) -> bytes | None:
         """A payload block from whichever replica has it right."""
@@ -117,6 +133,7 @@ class Ring:
             data = await copy.block(position)
             if data is not None and crc32c(data) == crc:
                 return data
+            self.blame(copy, [position])
         return None
 
     async def run(self, position: int, crcs: Sequence[int]) -> list[bytes | None]:
@@ -129,6 +146,7 @@ class Ring:
             for i, data in await self._from(copy, position, lacking):
                 if crc32c(data) == crcs[i]:
                     found[i] = data
+            self.blame(copy, (position + i for i in lacking if found[i] is None))
         return found
 
     async def _from(self, copy: _Copy, position: int, wanted: list[int]) -> list[tuple[int, bytes]]:
@@ -201,6 +219,8 @@ class Follower:
         for some in (copies[:fresh], copies[fresh:]):
             found = [await self._continued(copy, position, version, previous) for copy in some]
             fitting = [one for one in found if one is not None]
+            for copy, one in zip(some, found, strict=True):
+                self._ring.blame(copy, [position] if one is None else [])
             if record is None and fitting:
                 record = max(fitting, key=lambda one: one.version)
         if record is not None and record.end > self._durable:
@@ -265,6 +285,7 @@ class Follower:
         chain = self.chain
         chain.durable = max(self._durable, await self._proof(chain.end))
         chain.loose = [one for one in chain.loose if one[0] > chain.durable]
+        self._ring.settle(chain.durable)
         if chain.damage:
             return
         if chain.end < min(chain.durable, self._stream.replay + self._ring.blocks):

@@ -15,6 +15,7 @@ from stripewell.recover.catalog import Catalog, Volume, objection
 from stripewell.recover.checkpoint import Checkpoint
 from stripewell.recover.choice import Candidate, candidates, choose, is_committed, unusable
 from stripewell.recover.content import Content, Part
+from stripewell.recover.damage import in_words
 from stripewell.recover.journal import Chain, Follower, Ring
 from stripewell.recover.overlay import Changes
 from stripewell.recover.problems import Problems
@@ -25,6 +26,7 @@ from stripewell.recover.stripes import Stripes
 from stripewell.recover.values import Unusable, plain
 
 Progress = Callable[[int, int], None]
+WRITTEN_TO = "the pool was written to meanwhile: stop its daemon and try again"
 #: Shards that are looked for on a device without a superblock.
 _SAMPLE = 32
 
@@ -38,6 +40,8 @@ class Finding:
     data: int = 0
     zeros: int = 0
     lost: Ranges = field(default_factory=Ranges)
+    #: All of it was read. Else blocks may still prove lost.
+    verified: bool = False
 
 
 @dataclass(slots=True)
@@ -58,10 +62,18 @@ class Remains:
     changes: dict[int, Changes]
     #: Members without a superblock, known by their stripes.
     headless: set[int]
+    #: Somebody wrote to the pool since it was opened.
+    torn: bool = False
 
     def missing(self) -> list[Member]:
         """Members that count and are not there."""
         return absent(self.root, self.members)
+
+    def carriers(self) -> int:
+        """How many of the members that count have the root; copies of one are one."""
+        active = {self.root.members[index].uuid for index in self.root.active()}
+        there = {block.head.device for one in self.chosen.on for block in one.superblocks[:1]}
+        return len(active & there)
 
     def rivals(self) -> list[Candidate]:
         """Roots that may count instead: newer ones, and as new ones unless the chosen one is on
@@ -81,6 +93,12 @@ class Remains:
                 f"{lacking} devices are missing, or have no superblock, more than the "
                 f"{self.root.parity} that may be: what was flushed last may be on them"
             )
+        elif lacking + len(hiding := self._hiding()) > self.root.parity:
+            found.append(
+                f"root slots of {len(hiding)} devices cannot be read (members "
+                f"{', '.join(map(str, hiding))}): a newer root may have been there, if it is not "
+                "that a crash tore it"
+            )
         if not self.ring.fresh:
             found.append(
                 "no device with a good copy of the journal is there: what was written after the "
@@ -90,15 +108,44 @@ class Remains:
             found.append(f"the journal is damaged, {self.chain.damage}")
         return found
 
+    def _hiding(self) -> list[int]:
+        """Members that count, have a superblock, and may have had a newer one."""
+        there = self.members.keys() & self.root.active() - self.headless
+        return sorted(index for index in there if self.members[index].hides_a_root)
+
+    def doubts(self) -> list[str]:
+        """Why nothing of this is restored as if it were all: the gaps, and what makes no sense."""
+        found = self.gaps()
+        if lines := self.problems.lines:
+            others = len(lines) - 1 + self.problems.more
+            more = f" (and {others} more)" if others else ""
+            found.append(f"parts of the map make no sense: {lines[0]}{more}")
+        if self.torn:
+            found.append(WRITTEN_TO)
+        return found
+
+    def damaged(self) -> list[str]:
+        """What proved wrong so far, device by device."""
+        return damaged(self.sources, self.members)
+
     def volume(self, name: str) -> Volume:
-        """The volume of that name. Raises UserError if there is none, or it cannot be read."""
-        volume = self.catalog.volumes.get(name)
+        """The volume named VOLUME or POOL/VOLUME. Raises UserError if there is none, or it
+        cannot be read."""
+        volume = self.catalog.volumes.get(name) or self.catalog.volumes.get(self._bare(name))
         if volume is None:
             names = plain(", ".join(sorted(self.catalog.volumes)[:20])) or "none"
             raise UserError(f"there is no volume {name!r} (there are: {names})")
         if reason := objection(self.catalog, volume):
             raise UserError(f"volume {name!r} cannot be restored: {reason}")
         return volume
+
+    def _bare(self, path: str) -> str:
+        """VOLUME of POOL/VOLUME. Raises UserError if these are the devices of another pool."""
+        pool, slash, name = path.partition("/")
+        if slash and pool != self.root.name:
+            here = plain(self.root.name)
+            raise UserError(f"these devices hold pool {here}, not {pool!r}: write {here}/VOLUME")
+        return name if slash else path
 
     def content(self, volume: Volume) -> Content:
         """The volume's map and bytes."""
@@ -111,7 +158,7 @@ class Remains:
     ) -> Finding:
         """What there is of a volume: by its map and the devices that are there, or, to `verify`, by
         reading all of it."""
-        finding = Finding(volume, objection(self.catalog, volume))
+        finding = Finding(volume, objection(self.catalog, volume), verified=verify)
         if finding.objection:
             return finding
         content = self.content(volume)
@@ -134,8 +181,8 @@ class Remains:
             source.hangs = source.hangs or again.hangs
             newest = [block.digest for block in again.superblocks[:1]]
             if newest and newest != [block.digest for block in source.superblocks[:1]]:
-                return True
-        return False
+                self.torn = True
+        return self.torn
 
 
 def count(finding: Finding, part: Part) -> None:
@@ -170,7 +217,7 @@ async def assemble(
         headless |= await recognise(root, stripes, sources, members)
     except Unusable as error:
         missing = [one.url for one in absent(root, members)]
-        reason = f"its checkpoint is lost: {error}"
+        reason = "; ".join([f"its checkpoint is lost: {error}", *damaged(sources, members)])
         raise unusable(chosen, reason, found, missing) from None
     ring = Ring(root.stream, fresh_members(root, chosen, members), members)
     follower = Follower(ring, root.stream, catalog)
@@ -221,6 +268,16 @@ async def recognise(
 def absent(root: Root, there: dict[int, Source]) -> list[Member]:
     """Members that count and are not there."""
     return [member for i, member in root.members.items() if member.active and i not in there]
+
+
+def damaged(sources: Sequence[Source], members: dict[int, Source]) -> list[str]:
+    """Which devices proved wrong, where and how often, a line for each."""
+    index = {source: number for number, source in members.items()}
+    return [
+        f"device {index.get(source, 'unknown')} at {plain(source.url)} has {words}"
+        for source in sources
+        if (words := in_words(source.damage.counts()))
+    ]
 
 
 def _newest(source: Source) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from stripewell.recover.catalog import Volume
-from stripewell.recover.content import Part
 from stripewell.recover.ranges import Ranges
 from stripewell.recover.remains import Finding, Progress, Remains, count
 from stripewell.recover.root import BLOCK
@@ -14,27 +13,34 @@ from stripewell.recover.sinks import Sink
 _WORDS = BLOCK // 8
 
 
-async def restore(remains: Remains, volume: Volume, sink: Sink, progress: Progress) -> Finding:
+async def restore(
+    remains: Remains, volume: Volume, sink: Sink, progress: Progress, *, stop: bool = False
+) -> Finding:
     """Write all that there is of a volume; the finding says which blocks are lost and left as
-    zeros. The sink is neither finished nor abandoned. Raises OSError if it fails."""
-    finding = Finding(volume, "")
+    zeros. With `stop` it ends before the first of them, for what cannot be taken back. The sink is
+    neither finished nor abandoned. Raises OSError if it fails."""
+    finding = Finding(volume, "", verified=True)
     content = remains.content(volume)
     async for part in content.parts():
         count(finding, part)
-        if part.locations is None:
-            finding.lost.add(part.first, part.first + part.count)
-        else:
+        data, lost = memoryview(b""), content.lost(part)
+        if part.locations is not None:
             data, lost = await content.read(part)
-            finding.lost.add_blocks(part.first, lost)
-            _write(sink, part, data)
+        finding.lost.add_blocks(part.first, lost)
+        if stop and finding.lost.blocks:
+            _write(sink, part.first, data[: int(lost.argmax()) * BLOCK])
+            break
+        _write(sink, part.first, data)
         progress(part.first + part.count, content.blocks)
     return finding
 
 
-def _write(sink: Sink, part: Part, data: memoryview) -> None:
-    """Hand over what is not zero."""
-    words = np.frombuffer(data, np.uint64).reshape(part.count, _WORDS)
+def _write(sink: Sink, first: int, data: memoryview) -> None:
+    """Hand over what is not zero of the blocks from `first`."""
+    if not len(data):
+        return
+    words = np.frombuffer(data, np.uint64).reshape(-1, _WORDS)
     pieces = Ranges()
     pieces.add_blocks(0, np.asarray(words.any(axis=1)))
     for start, end in pieces.kept:
-        sink.write((part.first + start) * BLOCK, data[start * BLOCK : end * BLOCK])
+        sink.write((first + start) * BLOCK, data[start * BLOCK : end * BLOCK])

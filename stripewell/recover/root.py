@@ -57,6 +57,8 @@ class Member:
     uuid: str
     url: str
     active: bool
+    #: Why it is not, in the words of the pool that let it go.
+    reason: str
     slots_offset: int
 
 
@@ -168,12 +170,14 @@ def _members(value: object, slot_blocks: int) -> dict[int, Member]:
 def _member(row: dict[str, Any], slot_blocks: int) -> Member:
     index = integer(row.get("index"), "a member's index", U16 - 1)
     where = f"slot_blocks of member {index}"
+    reason = row.get("reason")
     integer(row.get("slot_blocks"), where, slot_blocks, slot_blocks)
     return Member(
         index,
         text(row.get("uuid"), f"uuid of member {index}"),
         text(row.get("url"), f"url of member {index}"),
         text(row.get("state"), f"state of member {index}") == "active",
+        reason if isinstance(reason, str) else "",
         integer(row.get("slots_offset"), f"slots_offset of member {index}", _OFFSETS),
     )
 

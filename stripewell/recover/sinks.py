@@ -11,14 +11,15 @@ import contextlib
 import errno
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from backends.base import DeviceError
 from backends.url import parse_url
-from stripewell.errors import UserError
+from stripewell.errors import UserError, one_line
 
 _ZEROS = bytes(1 << 20)
 
@@ -95,28 +96,32 @@ class DiskSink:
 
 
 class StreamSink:
-    """A pipe, as a rule: everything is written in its order."""
+    """A pipe, as a rule: everything is written in its order. Unbuffered, so that `written` is what
+    got through, and nothing waits for the end of the process to fail."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._at = 0
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.written = 0
 
     def write(self, offset: int, data: memoryview) -> None:
         self._zero(offset)
-        self._stream.write(data)
-        self._at = offset + len(data)
+        self._put(data)
 
     def finish(self, size: int) -> None:
         self._zero(size)
-        self._stream.flush()
 
     def abandon(self) -> None:
         """What was written cannot be taken back: the exit status tells."""
 
     def _zero(self, end: int) -> None:
-        for piece in _zeros(self._at, end):
-            self._stream.write(piece)
-        self._at = max(self._at, end)
+        for piece in _zeros(self.written, end):
+            self._put(piece)
+
+    def _put(self, data: memoryview) -> None:
+        while len(data):
+            done = os.write(self._fd, data)
+            self.written += done
+            data = data[done:]
 
 
 def open_sink(
@@ -141,6 +146,21 @@ def open_sink(
         return DiskSink(path, size) if stat.S_ISBLK(mode) else FileSink(path)
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}: correct the path, or unmount it") from None
+
+
+def open_stdout() -> StreamSink:
+    """Raises UserError if it is closed: its number may be that of another file by now."""
+    if sys.stdout is None:
+        raise UserError("stdout is closed: leave it open for --to -, or name a file")
+    return StreamSink(sys.stdout.fileno())
+
+
+def failed(sink: Sink, target: str, error: OSError) -> UserError:
+    """What to say when the target takes no more."""
+    if not isinstance(sink, StreamSink):
+        return UserError(f"{target}: {one_line(error)}: give it room, or another file")
+    remedy = "see what became of its reader, and try again"
+    return UserError(f"stdout failed after {sink.written} bytes, {one_line(error)}: {remedy}")
 
 
 def _belongs_to(path: Path, sources: Iterable[str]) -> bool:

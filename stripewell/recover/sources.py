@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backends.base import Device, DeviceError, ObjectStore
+from backends.in_use import in_use
 from backends.open import open_backend
+from stripewell.recover.damage import Damage
 from stripewell.recover.root import BLOCK
 from stripewell.recover.superblock import (
     HEAD_BYTES,
@@ -39,9 +41,14 @@ class Source:
     #: What is wrong with it; "" as long as nothing is.
     trouble: str = ""
     hangs: bool = False
+    #: Another process has it for writing: a daemon, or a mount.
+    in_use: bool = False
+    #: A root slot cannot be read at either end: a newer root than all others may have been there.
+    hides_a_root: bool = False
     #: Something of a newer format is on it.
     newer: bool = False
     superblocks: list[Superblock] = field(default_factory=list)
+    damage: Damage = field(default_factory=Damage)
     #: Bytes of a device, 0 for what is none.
     size: int = field(init=False, default=0)
     is_store: bool = field(init=False, default=False)
@@ -96,7 +103,8 @@ async def open_sources(urls: Sequence[str]) -> list[Source]:
 async def _open(url: str) -> Source:
     try:
         async with asyncio.timeout(READ_SECONDS):
-            return Source(url, await open_backend(url, writable=False))
+            backend = await open_backend(url, writable=False)
+            return Source(url, backend, in_use=await asyncio.to_thread(in_use, url))
     except TimeoutError:
         return Source(url, trouble=f"it did not open within {READ_SECONDS:.0f} s", hangs=True)
     except DeviceError as error:
@@ -118,30 +126,56 @@ async def find_superblocks(source: Source) -> None:
         source.trouble = "no superblock of a pool is left on it"
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a superblock may be: what is there. `blank` says that nothing ever was."""
+
+    head: Head | None = None
+    block: Superblock | None = None
+    blank: bool = False
+
+
 async def _of_device(source: Source) -> list[Superblock]:
-    places = [at for r in ROOT_SIZES for at in (0, r, source.size - 2 * r, source.size - r)]
-    found, heads = await _at(source, places)
+    places = {at for r in ROOT_SIZES for at in (0, r, source.size - 2 * r, source.size - r)}
+    found = await _at(source, places)
     # A device that grew, or was copied to a larger one, has its second end in the middle.
-    ends = {(head.size - n * head.root_bytes) // BLOCK * BLOCK for head in heads for n in (1, 2)}
-    further, _ = await _at(source, ends - set(places))
-    return found + further
+    heads = [place.head for place in found.values() if place.head is not None]
+    ends = {_end(head) - n * head.root_bytes for head in heads for n in (1, 2)}
+    found |= await _at(source, ends - places)
+    blocks = [place.block for place in found.values() if place.block is not None]
+    if blocks:
+        newest = max(blocks, key=lambda block: block.head.generation)
+        _judge(source, found, newest.head)
+    return blocks
 
 
-async def _at(source: Source, places: Iterable[int]) -> tuple[list[Superblock], list[Head]]:
-    """Whole superblocks at those places, and all whole heads."""
-    found: list[Superblock] = []
-    heads: list[Head] = []
-    for at in sorted(set(places)):
-        first = await source.read(at, BLOCK)
-        head = parse_head(first) if first is not None else None
-        if head is None:
-            continue
-        heads.append(head)
-        whole = await source.read(at, -(-(HEAD_BYTES + head.length) // BLOCK) * BLOCK)
-        body = (whole or b"")[HEAD_BYTES : HEAD_BYTES + head.length]
-        if (block := parse_body(head, body)) is not None:
-            found.append(block)
-    return found, heads
+def _end(head: Head) -> int:
+    return head.size // BLOCK * BLOCK
+
+
+def _judge(source: Source, found: dict[int, _Place], head: Head) -> None:
+    """Say which superblocks are not what they should be. Each of the two slots is at both ends; the
+    second is blank until the pool has its second root."""
+    for slot in (0, head.root_bytes):
+        twins = [found[at] for at in (slot, _end(head) - 2 * head.root_bytes + slot)]
+        bad = [twin for twin in twins if twin.block is None]
+        if head.generation > 1 or len(bad) < 2 or not all(twin.blank for twin in twins):
+            source.damage.superblocks += len(bad)
+            source.hides_a_root |= len(bad) == 2
+
+
+async def _at(source: Source, places: Iterable[int]) -> dict[int, _Place]:
+    return {at: await _place(source, at) for at in sorted(places)}
+
+
+async def _place(source: Source, at: int) -> _Place:
+    first = await source.read(at, BLOCK)
+    head = parse_head(first) if first is not None else None
+    if head is None:
+        return _Place(blank=first is not None and not any(first))
+    whole = await source.read(at, -(-(HEAD_BYTES + head.length) // BLOCK) * BLOCK)
+    body = (whole or b"")[HEAD_BYTES : HEAD_BYTES + head.length]
+    return _Place(head, parse_body(head, body))
 
 
 async def _of_store(source: Source) -> list[Superblock]:
@@ -150,7 +184,9 @@ async def _of_store(source: Source) -> list[Superblock]:
         first = await source.get(name, 0, HEAD_BYTES)
         head = parse_head(first) if first is not None else None
         body = await source.get(name, HEAD_BYTES, head.length) if head is not None else None
-        if head is not None and body is not None:
-            block = parse_body(head, body)
-            found += [block] if block is not None else []
+        block = parse_body(head, body) if head is not None and body is not None else None
+        found += [block] if block is not None else []
+        if first is not None and block is None:
+            source.damage.superblocks += 1
+            source.hides_a_root = True
     return found

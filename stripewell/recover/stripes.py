@@ -19,6 +19,7 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from pool.erasure import codec
+from stripewell.recover.damage import note
 from stripewell.recover.root import BLOCK, Pointer, Root, Row, fits
 from stripewell.recover.sources import Source
 
@@ -27,6 +28,8 @@ U64s = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.void]
 #: Of every block of a stripe, shard by shard.
 Checksums = npt.NDArray[np.uint32]
+#: Blocks of a stripe as a table has them, None for wrong ones: shard, first block, blocks.
+Judged = list[tuple[int, int, list[bytes | None]]]
 
 #: magic, crc, revision, kind, codec, pool, stripe, shard, k, m, crypto, header, shard blocks, used,
 #: digest
@@ -81,7 +84,7 @@ class Stripes:
         self._anchors = {row.stripe: row for row in root.anchors}
         self._rows: Rows = np.zeros(0, row_dtype(1))
         self._headers: dict[int, _Headers] = {}
-        #: How many slots each member has: none if it is not there.
+        #: How many slots each member has: none if it is not there, or does not answer.
         self._slots = np.zeros(1 << 16, np.int64)
         for index, source in sources.items():
             self.adopt(index, source)
@@ -119,6 +122,9 @@ class Stripes:
         or from k others. Whether the bytes are right only reading tells."""
         if not len(self._rows):
             return np.zeros(len(locations), bool)
+        for index, source in self._sources.items():
+            if source.hangs:
+                self._slots[index] = 0
         ids = locations >> np.uint64(22) & _STRIPE_IDS
         at = np.minimum(np.searchsorted(self._rows["id"], ids), len(self._rows) - 1)
         rows = self._rows[at]
@@ -169,6 +175,7 @@ class Stripes:
             return [None] * len(crcs)
         data = await self._read(row, shard, row.header_blocks + first, len(crcs))
         found = _right_ones(data, crcs)
+        self._blame(row, [(shard, first, found)])
         if None in found:
             await self._reconstruct(row, shard, first, crcs, found)
         return found
@@ -190,11 +197,17 @@ class Stripes:
             return data if right else None
 
         data = cut(await self._as_they_are(row, numbers))
-        if data is None:
-            async for table in self._tables(row):
-                data = cut([await self._by_header(row, number, table) for number in numbers])
-                if data is not None:
-                    break
+        if data is not None:
+            return data
+        judged: Judged = []
+        async for table in self._tables(row):
+            judged = []
+            data = cut([await self._by_header(row, number, table, judged) for number in numbers])
+            if data is not None:
+                break
+        # A table is right if it leads to the page, and plausible if no header says otherwise.
+        if data is not None or len(self._kept(row.stripe).found) == 1:
+            self._blame(row, judged)
         return data
 
     async def _as_they_are(self, row: Row, numbers: range) -> list[bytes | None]:
@@ -209,13 +222,16 @@ class Stripes:
             at += count
         return found
 
-    async def _by_header(self, row: Row, number: int, table: Checksums) -> bytes | None:
+    async def _by_header(
+        self, row: Row, number: int, table: Checksums, judged: Judged
+    ) -> bytes | None:
         """One data block that has the checksum of a stripe header, decoded if need be."""
         shard, block = divmod(number, row.shard_blocks)
         crcs = [int(table[shard, block])]
         found = _right_ones(await self._read(row, shard, row.header_blocks + block, 1), crcs)
+        judged.append((shard, block, list(found)))
         if found[0] is None:
-            await self._decode(row, shard, block, crcs, found, table)
+            judged += await self._decode(row, shard, block, crcs, found, table)
         return found[0]
 
     async def _reconstruct(
@@ -223,7 +239,9 @@ class Stripes:
     ) -> None:
         """Fill in what is missing, with whichever header leads to it."""
         async for table in self._tables(row):
-            await self._decode(row, shard, first, crcs, found, table)
+            judged = await self._decode(row, shard, first, crcs, found, table)
+            if table[shard, first : first + len(crcs)].tolist() == list(crcs):
+                self._blame(row, judged)
             if None not in found:
                 return
 
@@ -235,8 +253,10 @@ class Stripes:
         crcs: Sequence[int],
         found: list[bytes | None],
         table: Checksums,
-    ) -> None:
-        """Fill in what k other shards give that a header vouches for and `crcs` confirm."""
+    ) -> Judged:
+        """Fill in what k other shards give that a header vouches for and `crcs` confirm; returns
+        what was read of them."""
+        judged: Judged = []
         wanted = [i for i, data in enumerate(found) if data is None]
         shares: dict[int, dict[int, bytes]] = {i: {} for i in wanted}
         others = [number for number in range(len(row.places)) if number != shard]
@@ -246,7 +266,9 @@ class Stripes:
             reads = [self._read(row, number, start, count) for number in asked]
             for number, data in zip(asked, await asyncio.gather(*reads), strict=True):
                 expected = table[number, first : first + count].tolist()
-                for i, block in enumerate(_right_ones(data, expected)):
+                right = _right_ones(data, expected)
+                judged.append((number, first, right))
+                for i, block in enumerate(right):
                     if i in shares and block is not None:
                         shares[i][number] = block
         code = codec(row.data, row.parity)
@@ -256,6 +278,7 @@ class Stripes:
                 code.reconstruct(shares[i], [shard], [out])
                 if crc32c(out) == crcs[i]:
                     found[i] = bytes(out)
+        return judged
 
     async def _tables(self, row: Row) -> AsyncIterator[Checksums]:
         """The different tables of checksums that a stripe's headers hold, read as needed."""
@@ -285,8 +308,13 @@ class Stripes:
     async def _header(self, row: Row, number: int) -> Checksums | None:
         """The checksums in one shard's header, if that is whole and the one that is meant."""
         data = await self._read(row, number, 0, row.header_blocks)
-        if data is None:
-            return None
+        table = self._header_table(row, number, data) if data is not None else None
+        source = self._sources.get(row.places[number][0])
+        if table is None and source is not None:
+            note(source.damage.headers, [_location(row, number)])
+        return table
+
+    def _header_table(self, row: Row, number: int, data: bytes) -> Checksums | None:
         (magic, crc, revision, _, code, pool, stripe, shard, k, m, crypto, header, blocks, _,
          digest) = _HEAD.unpack_from(data)  # fmt: skip
         meant = (row.stripe, number, row.data, row.parity, row.header_blocks, row.shard_blocks)
@@ -303,6 +331,14 @@ class Stripes:
             return None
         return np.frombuffer(data[at:end], "<u4").reshape(k + m, blocks)
 
+    def _blame(self, row: Row, judged: Judged) -> None:
+        """Hold it against the devices that are there that blocks on them are not right."""
+        for number, first, found in judged:
+            source = self._sources.get(row.places[number][0])
+            if source is not None:
+                at = _location(row, number) + first
+                note(source.damage.blocks, (at + i for i, b in enumerate(found) if b is None))
+
     async def _read(self, row: Row, number: int, first: int, count: int) -> bytes | None:
         """Blocks of the slot of a shard, header included; None if they cannot be read."""
         source = self._sources.get(row.places[number][0])
@@ -317,6 +353,11 @@ class Stripes:
             return await source.get(name, first * BLOCK, count * BLOCK)
         start = self._offsets[index] + (slot * self._slot_blocks + first) * BLOCK
         return await source.read(start, count * BLOCK)
+
+
+def _location(row: Row, number: int) -> int:
+    """A number for a shard, to which the block in it may be added."""
+    return row.stripe << 22 | number << 16
 
 
 def _split(data: bytes | None, count: int) -> list[bytes | None]:

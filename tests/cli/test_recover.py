@@ -16,7 +16,7 @@ import pytest
 from backends.base import BLOCK_SIZE
 from stripewell import __main__ as main
 from tests.fuzz.anatomy import Anatomy
-from tests.fuzz.images import Sample, build, copied, write_files
+from tests.fuzz.images import Images, Sample, build, copied, write_files
 from tests.fuzz.mutations import forge
 from tests.sim.loop import run
 from tests.vectors.test_vectors import images as golden
@@ -50,9 +50,15 @@ def test_it_lists_what_there_is_and_changes_nothing(
 ) -> None:
     before = state_of(stripewell.directory)
     out = stripewell.ok("recover", *urls)
+    assert "complete, unless what was not read is damaged: --verify reads every block" in out
+    for name in sample.volumes:
+        [line] = [line for line in out.splitlines() if line.startswith(name)]
+        assert line.endswith("unless damaged")
+    out = stripewell.ok("recover", *urls, "--verify")
     assert "complete: everything that was ever flushed is here" in out
     for name in sample.volumes:
-        assert any(line.startswith(name) and line.endswith("yes") for line in out.splitlines())
+        [line] = [line for line in out.splitlines() if line.startswith(name)]
+        assert line.endswith("yes")
     data = stripewell.json("recover", *urls, "--verify")
     assert {one["name"]: one["size"] for one in data["volumes"]} == {
         name: len(content) for name, content in sample.volumes.items()
@@ -69,6 +75,7 @@ def test_a_volume_becomes_a_sparse_file(
     before = state_of(stripewell.directory)
     said = stripewell.ok("recover", *urls[1:], "--volume", "beta", "--to", "beta.raw")
     assert "restored beta" in said
+    assert "complete: everything of it that was ever flushed is here" in said
     path = stripewell.directory / "beta.raw"
     assert path.read_bytes() == sample.volumes["beta"]
     assert path.stat().st_blocks * 512 < len(sample.volumes["beta"]) // 2
@@ -76,12 +83,22 @@ def test_a_volume_becomes_a_sparse_file(
     assert state_of(stripewell.directory) == before
 
 
+def test_a_volume_is_named_as_everywhere_else(
+    stripewell: Stripewell, urls: list[str], sample: Sample
+) -> None:
+    stripewell.ok("recover", *urls, "--volume", "tank/beta", "--to", "beta.raw")
+    assert (stripewell.directory / "beta.raw").read_bytes() == sample.volumes["beta"]
+    line = stripewell.refused("recover", *urls, "--volume", "lake/beta", "--to", "x")
+    assert "these devices hold pool tank, not 'lake': write tank/VOLUME" in line
+    line = stripewell.refused("recover", *urls, "--volume", "tank/nobody", "--to", "x")
+    assert "there is no volume 'tank/nobody' (there are: alpha, beta, late)" in line
+
+
 def test_a_volume_goes_to_stdout(stripewell: Stripewell, urls: list[str], sample: Sample) -> None:
-    command = [sys.executable, "-m", "stripewell", "recover", *urls, "--volume", "alpha"]
-    done = subprocess.run([*command, "--to", "-"], capture_output=True, timeout=60, check=True)
+    done = streamed(urls)
+    assert done.returncode == 0
     assert done.stdout == sample.volumes["alpha"]
     assert b"restored alpha" in done.stderr
-    assert b"Traceback" not in done.stderr
 
 
 def test_what_exists_and_what_is_a_device_is_not_overwritten(
@@ -132,6 +149,8 @@ def test_a_loss_is_refused_and_named(stripewell: Stripewell) -> None:
     assert listed.returncode == 1
     assert "not complete: 2 devices are missing, or have no superblock" in listed.stdout
     assert listed.stdout.count("last seen there") == 2
+    [row] = [line for line in listed.stdout.splitlines() if line.startswith("alpha")]
+    assert row.endswith("with --incomplete")
     line = stripewell.refused("recover", *left, "--volume", "alpha", "--to", "x")
     assert "bring devices back, or --incomplete" in line
     assert sorted(os.listdir(stripewell.directory)) == [f"{n}.img" for n in "abcd"]
@@ -153,8 +172,8 @@ def test_incomplete_restores_the_rest_and_says_where_zeros_are(stripewell: Strip
     assert found == expected
 
 
-def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, sample: Sample) -> None:
-    """All devices are there, so that only reading finds it out."""
+def rotten(sample: Sample) -> Images:
+    """All devices are there, and every shard on them is damaged, but not the map."""
     images = copied(sample.images)
     for region in Anatomy(images).regions():
         if region.structure in ("shard", "stripe header"):
@@ -165,13 +184,82 @@ def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, samp
         for region in Anatomy(copied(sample.images)).page_regions(at):
             here = slice(region.offset, region.offset + region.length)
             images[region.device][here] = sample.images[region.device][here]
-    urls = write_files(images, stripewell.directory)
+    return images
+
+
+def streamed(
+    urls: list[str], *arguments: str, volume: str = "alpha"
+) -> subprocess.CompletedProcess[bytes]:
+    """A volume restored to stdout. There is never a traceback."""
+    command = [sys.executable, "-m", "stripewell", "recover", *urls, "--volume", volume]
+    done = subprocess.run(
+        [*command, "--to", "-", *arguments], capture_output=True, timeout=60, check=False
+    )
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+def test_a_stream_ends_before_the_first_loss(stripewell: Stripewell, sample: Sample) -> None:
+    """What is written cannot be taken back, so nothing that is not right is; unless it is asked
+    for."""
+    urls = write_files(rotten(sample), stripewell.directory)
+    for volume, content in sample.volumes.items():
+        done = streamed(urls, "--incomplete", volume=volume)
+        assert len(done.stdout) == len(content)
+        if done.returncode == 0:
+            continue
+        stopped = streamed(urls, volume=volume)
+        assert stopped.returncode == 1
+        assert stopped.stdout == content[: len(stopped.stdout)]
+        [line] = stopped.stderr.decode().splitlines()
+        end = len(stopped.stdout)
+        assert f"lost (bytes {end}-" in line
+        assert f"the {end} bytes before are right, and written; device 0 at " in line
+        assert "bring devices back, or --incomplete" in line
+        break
+    else:
+        raise AssertionError("no volume was damaged")
+
+
+def test_stdout_that_fails_is_one_line(urls: list[str]) -> None:
+    """A reader that left, no room, none at all: never silence with status 0."""
+    command = f"{sys.executable} -m stripewell recover {' '.join(urls)} --volume beta --to -"
+    for to, said in (
+        ("| head -c 1", "Broken pipe"),
+        ("> /dev/full", "No space left on device"),
+        (">&-", "stdout is closed"),
+    ):
+        script = f"set -o pipefail; {command} {to}"
+        done = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert line.startswith("stripewell: stdout ")
+        assert said in line
+
+
+def test_a_block_that_proves_damaged_leaves_no_file(stripewell: Stripewell, sample: Sample) -> None:
+    """All devices are there, so that only reading finds it out."""
+    urls = write_files(rotten(sample), stripewell.directory)
     before = sorted(os.listdir(stripewell.directory))
-    assert "yes" in stripewell.ok("recover", *urls)
-    assert recover(stripewell, *urls, "--verify").returncode == 1
+    assert "unless damaged" in stripewell.ok("recover", *urls)
+    verified = recover(stripewell, *urls, "--verify")
+    assert verified.returncode == 1
+    assert "not complete: volume alpha: 27 blocks of 4 KiB are lost" in verified.stdout
+    assert "with --incomplete" in verified.stdout
+    assert "everything" not in verified.stdout
     line = stripewell.refused("recover", *urls, "--volume", "alpha", "--to", "x")
     assert "blocks of 4 KiB are lost (bytes " in line
+    assert f"device 3 at {urls[3]} has " in line
+    assert "shard blocks wrong or unreadable" in line
     assert sorted(os.listdir(stripewell.directory)) == before
+    want = ("--volume", "alpha", "--to", "x", "--incomplete")
+    done = recover(stripewell, *urls, *want)
+    assert done.returncode == 1
+    assert "; not complete: volume alpha: 27 blocks of 4 KiB are lost" in done.stdout
+    assert "there are zeros where blocks are lost" in done.stdout
+    assert "everything" not in done.stdout
 
 
 def test_a_store_is_read_as_well(stripewell: Stripewell) -> None:
@@ -253,15 +341,25 @@ def one_line_or_none(text: str) -> bool:
     return not text or (text.startswith("stripewell: ") and text.count("\n") == 1)
 
 
-def test_a_pool_that_is_being_served_can_be_read(stripewell: Stripewell) -> None:
+def test_a_pool_that_is_being_served_can_be_read_with_a_warning(stripewell: Stripewell) -> None:
     """No lock is taken, and none is in the way."""
     stripewell.create()
-    stripewell.serve()
+    daemon = stripewell.serve()
     stripewell.ok("volume", "create", "tank/vm1", "--size", "8M")
     urls = [url.partition("?")[0] for url in stripewell.devices(3)]
-    data = stripewell.json("recover", *urls)
+    listed = recover(stripewell, *urls, "--json")
+    data = json.loads(listed.stdout)
     assert [(one["name"], one["size"]) for one in data["volumes"]] == [("vm1", 8 << 20)]
     assert data["pool"]["name"] == "tank"
-    stripewell.ok("recover", *urls, "--volume", "vm1", "--to", "vm1.raw")
+    assert [device["in_use"] for device in data["pool"]["devices"]] == [True] * 3
+    done = recover(stripewell, *urls, "--volume", "vm1", "--to", "vm1.raw")
+    assert done.returncode == 0
+    for said in (listed.stderr, done.stderr):
+        [line] = said.splitlines()
+        assert line.startswith("stripewell: warning: another process, a daemon perhaps, may write")
+        assert all(url in line for url in urls)
+        assert "stop it first" in line
     assert (stripewell.directory / "vm1.raw").read_bytes() == bytes(8 << 20)
     assert stripewell.json("pool", "status", "tank")["state"] == "healthy"
+    daemon.terminate()
+    assert recover(stripewell, *urls).stderr == ""

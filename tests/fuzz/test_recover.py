@@ -2,7 +2,7 @@
 
 * Damage within the budget (one device here): everything comes back.
 * Damage beyond it: what is handed out as complete is a state that the pool was in; what is not is
-  named.
+  named. No device is held to be damaged that is not.
 * Forgery: no bytes are promised, but there is no other error than the one line for the operator, no
   large memory, no long time.
 
@@ -50,8 +50,9 @@ async def read_all(remains: Remains) -> None:
         findings.append(await remains.examine(volume))
         if not findings[-1].objection:
             await restore(remains, volume, Memory(), quiet)
-    volumes = [report.volume_data(finding) for finding in findings]
-    text = report.pool_text(report.pool_data(remains), report.result(remains), volumes)
+    volumes = [report.volume_data(remains, finding) for finding in findings]
+    data = report.pool_data(remains, findings)
+    text = report.pool_text(data, report.result(remains, findings), volumes)
     assert text.replace("\n", "").isprintable()
     assert not await remains.changed()
 
@@ -92,14 +93,15 @@ def check_damage(sample: Sample, seed: int) -> bool:
     before = copied(images)
     spoilt = [name for name, image in sample.images.items() if images.get(name) != image]
     try:
-        whole = run(_damaged(sample, images, within=len(spoilt) <= PARITY))
+        whole = run(_damaged(sample, images, spoilt))
     except Exception as error:
         raise AssertionError(f"{what}: {error!r}") from error
     assert images == before, what
     return whole
 
 
-async def _damaged(sample: Sample, images: Images, *, within: bool) -> bool:
+async def _damaged(sample: Sample, images: Images, spoilt: Sequence[str]) -> bool:
+    within = len(spoilt) <= PARITY
     try:
         remains = await examine(images)
     except UserError:
@@ -109,6 +111,8 @@ async def _damaged(sample: Sample, images: Images, *, within: bool) -> bool:
     await read_all(remains)
     found = {name: await restored(remains, name) for name in remains.catalog.volumes}
     lost = sum(finding.lost.blocks for _, finding in found.values())
+    blamed = {source.url for source in remains.sources if any(source.damage.counts().values())}
+    assert blamed <= {f"memory:{name}" for name in spoilt}
     if within:
         assert remains.gaps() == []
         assert lost == 0

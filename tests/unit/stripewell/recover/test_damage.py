@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
@@ -10,10 +11,14 @@ import pytest
 
 from backends.base import BLOCK_SIZE
 from stripewell.errors import UserError
+from stripewell.recover.restore import restore
 from tests.fuzz.anatomy import Anatomy
 from tests.fuzz.images import Images, Sample, build, copied
 from tests.sim.loop import run
-from tests.unit.stripewell.recover.support import everything, examine, restored
+from tests.unit.stripewell.recover.support import Memory, everything, examine, quiet, restored
+
+#: Zeroed at once: some blocks of a slot.
+WINDOW = 32 << 10
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +214,32 @@ def test_a_lost_leaf_and_a_lost_directory_are_lost_blocks(sample: Sample) -> Non
     assert 0 < lost <= everything_lost <= size
 
 
+def test_what_cannot_be_taken_back_ends_before_the_first_loss(sample: Sample) -> None:
+    """Two devices lose the same window of slots: what is written is right, up to the loss."""
+
+    async def ends(images: Images) -> set[int]:
+        remains, found = await examine(images), set()
+        for name, content in sample.volumes.items():
+            sink = Memory()
+            finding = await restore(remains, remains.volume(name), sink, quiet, stop=True)
+            end = len(content)
+            if finding.lost.blocks:
+                end = finding.lost.kept[0][0] * BLOCK_SIZE
+                found.add(end)
+            assert sink.content(end) == content[:end]
+        return found
+
+    found = set()
+    slots = range(512 << 10, len(sample.images["c"]) - WINDOW, WINDOW)
+    for start in slots:
+        images = copied(sample.images)
+        for name in "cd":
+            images[name][start : start + WINDOW] = bytes(WINDOW)
+        with contextlib.suppress(UserError):
+            found |= run(ends(images))
+    assert any(found)
+
+
 def test_headers_of_another_attempt_are_not_mixed(sample: Sample) -> None:
     """R15: one shard's header has other checksums, and its own is right; the others decode."""
     images = copied(sample.images)
@@ -249,6 +280,25 @@ def test_no_pool_at_all() -> None:
     said = refusal({"x": bytearray(1 << 20), "y": bytearray(b"\xff" * (1 << 20))})
     assert "none of these holds a pool" in said
     assert "memory:x: no superblock" in said
+
+
+def test_a_newer_root_may_have_been_where_no_root_can_be_read(sample: Sample) -> None:
+    """A root that was committed is on more than m devices: with as many slots gone, who knows."""
+
+    async def gaps(devices: str) -> list[str]:
+        images = copied(sample.images)
+        anatomy = Anatomy(images)
+        for copy in anatomy.copies:
+            if copy.device in devices and copy.block.generation < anatomy.root["generation"]:
+                images[copy.device][copy.offset] ^= 1
+        remains = await examine(images)
+        assert await everything(remains) == sample.volumes
+        assert len(remains.damaged()) == len(devices)
+        return remains.gaps()
+
+    assert run(gaps("b")) == []
+    [gap] = run(gaps("bd"))
+    assert "root slots of 2 devices cannot be read (members 1, 3): a newer root may" in gap
 
 
 def test_a_newer_format_is_refused(sample: Sample) -> None:

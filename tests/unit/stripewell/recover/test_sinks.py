@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
 import pytest
 
 from stripewell.errors import UserError
-from stripewell.recover.sinks import DiskSink, Sink, StreamSink, open_sink
+from stripewell.recover.sinks import DiskSink, Sink, StreamSink, failed, open_sink
 
 SIZE = 8 << 20
 
@@ -94,9 +93,23 @@ def test_a_disk_is_zeroed_between_the_pieces_and_untouched_behind(tmp_path: Path
         DiskSink(path, SIZE + 8192)
 
 
-def test_a_stream_gets_every_byte() -> None:
-    stream = io.BytesIO()
-    sink = StreamSink(stream)
-    fill(sink)
-    sink.finish(SIZE)
-    assert stream.getvalue() == expected()
+def test_a_stream_gets_every_byte(tmp_path: Path) -> None:
+    with (tmp_path / "stream").open("wb") as stream:
+        sink = StreamSink(stream.fileno())
+        fill(sink)
+        assert sink.written == (5 << 20) + 8192
+        sink.finish(SIZE)
+        assert sink.written == SIZE
+    assert (tmp_path / "stream").read_bytes() == expected()
+
+
+def test_a_stream_that_broke_says_how_far_it_came() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    sink = StreamSink(writing)
+    with pytest.raises(BrokenPipeError) as broken:
+        fill(sink)
+    os.close(writing)
+    assert str(failed(sink, "-", broken.value)) == (
+        "stdout failed after 0 bytes, Broken pipe: see what became of its reader, and try again"
+    )

@@ -112,6 +112,7 @@ def test_golden_pools(name: str, missing: int | None) -> None:
         remains = await examine_backends(await backends(found))
         read = await everything(remains)
         assert remains.gaps() == []
+        assert remains.damaged() == []
         assert read == {volume: reader.volume(volume) for volume in reader.volumes}
         digests = {
             volume: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
