@@ -20,6 +20,7 @@ import click
 
 from stripewell import attach as attaching
 from stripewell import output
+from stripewell.certificates.command import COMMANDS as CERTIFICATE_COMMANDS
 from stripewell.control import Progress, no_progress
 from stripewell.endpoints import NBD_PORT, Address, Endpoints, parse_address, parse_socket
 from stripewell.errors import UserError
@@ -341,5 +342,13 @@ def serve(
     listen = daemon.Listen(socket, tcp, http)
     daemon.serve(state, record, listen, read_only=read_only)
 
+
+@cli.group("tls")
+def tls_group() -> None:
+    """Make certificates for NBD over TLS."""
+
+
+for _command in CERTIFICATE_COMMANDS:
+    tls_group.add_command(_command)
 
 cli.add_command(recover)

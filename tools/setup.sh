@@ -91,7 +91,7 @@ link_libnbd() {
 
 make_venv
 note "installing Python packages"
-PYTHONWARNINGS=ignore $venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+PYTHONWARNINGS=ignore $venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tls]'
 install_tools
 link_libnbd
 touch $stamp

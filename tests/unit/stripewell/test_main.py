@@ -83,7 +83,11 @@ def test_what_can_not_be_done_is_one_line_and_status_1(
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize("arguments", [(), ("pool",), ("volume",)], ids=["", "pool", "volume"])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("pool",), ("volume",), ("tls",)],
+    ids=["", "pool", "volume", "tls"],
+)
 def test_no_command_shows_the_help(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
