@@ -19,7 +19,7 @@ help:
 	@echo "make reach   lines of the engine that the simulation never comes by"
 	@echo "make clean   remove what can be made again"
 
-$(READY): pyproject.toml constraints.txt tools/setup.sh
+$(READY): pyproject.toml constraints.txt tools/setup.sh tools/link_libnbd.sh
 	@tools/setup.sh
 
 setup: $(READY)
