@@ -12,14 +12,14 @@ help:
 	@echo "make test    everything, with real clients and virtual machines"
 	@echo "make demo    two devices die under a running guest; nothing is lost"
 	@echo "make bench   throughput, side by side with other NBD servers"
-	@echo "make sim     crash simulation, SEEDS=n of them (default 200); one case: SEED=n,"
-	@echo "             CRASH=name:n, FAILPOINT=name:n:power"
+	@echo "make sim     crash simulation, SEEDS=n of them (default 200) and as large a share of all"
+	@echo "             crashes and failpoints; one case: SEED=n, CRASH=name:n, FAILPOINT=name:n:power"
 	@echo "make soak    the simulation until interrupted, or for MINUTES=n"
 	@echo "make broken  engines broken on purpose: how soon the simulation catches each"
 	@echo "make reach   lines of the engine that the simulation never comes by"
 	@echo "make clean   remove what can be made again"
 
-$(READY): pyproject.toml constraints.txt tools/setup.sh
+$(READY): pyproject.toml constraints.txt tools/setup.sh tools/link_libnbd.sh
 	@tools/setup.sh
 
 setup: $(READY)

@@ -43,6 +43,9 @@ class DeviceError(OSError):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(code, message)
 
+    def __str__(self) -> str:
+        return self.strerror or ""
+
 
 class DeviceGone(DeviceError):
     """The backend has vanished and will not answer again."""

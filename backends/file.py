@@ -96,7 +96,7 @@ def _usable_size(fd: int, path: str, url: str, wanted: int | None) -> int:
         raise DeviceError(
             errno.EINVAL,
             f"{url}: the file has {status.st_size} bytes, not {wanted}:"
-            " leave out size= or remove the file",
+            " correct size=, or give the file that size",
         )
     if status.st_size < MIN_SIZE:
         raise DeviceError(

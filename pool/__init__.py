@@ -8,8 +8,10 @@ What is on the devices: `format/`. See `docs/architecture.md`.
 from pool.create import MemberSpec, PoolSpec, ProbeResult, create_pool, probe
 from pool.errors import PoolError
 from pool.pool import Pool, VolumeInfo
+from pool.status import Health
 
 __all__ = [
+    "Health",
     "MemberSpec",
     "Pool",
     "PoolError",

@@ -24,14 +24,21 @@ class FormatError(Exception):
     is."""
 
 
-class PoolFull(OSError):
+class _Worded(OSError):
+    """`str()` is the message, without the number."""
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
+class PoolFull(_Worded):
     """A write needs new space and there is none (P5)."""
 
     def __init__(self) -> None:
         super().__init__(errno.ENOSPC, "the pool is full: delete volumes, or TRIM in the guests")
 
 
-class DataLost(OSError):
+class DataLost(_Worded):
     """More shards of a stripe are missing than its parity can replace (P4). `offset` is where in a
     volume, if a read of one met it."""
 
@@ -40,7 +47,7 @@ class DataLost(OSError):
         self.offset: int | None = None
 
 
-class PoolStopped(OSError):
+class PoolStopped(_Worded):
     """The pool takes no writes any more; `str()` says why."""
 
     def __init__(self, message: str) -> None:

@@ -458,7 +458,7 @@ class Journal:
         left behind (R4). Cheaper than a task of its own: flushes wait for this."""
 
         def expired() -> None:
-            text = f"{replica.device.url}: no answer for {WRITE_SECONDS:.0f} s"
+            text = f"{replica.device.url}: no answer for {WRITE_SECONDS:.0f} s: check its cables"
             self._fail(replica, DeviceError(errno.ETIMEDOUT, text))
             replica.reading = None
             self._progress()

@@ -44,7 +44,10 @@ class Member:
     journal: bool = False
     backend: Device | ObjectStore | None = None
     shards: Shards | None = None
+    #: Why the root says that it is gone.
     reason: str = ""
+    #: What was found of it when the pool was opened, if it was absent; never stored.
+    finding: str = ""
     #: Its storage ran out of room below its nominal size: only slots that were written before.
     full: bool = False
     #: It returned and may lack shards that the table places on it; the root says so until it has
@@ -64,6 +67,11 @@ class Member:
     @property
     def present(self) -> bool:
         return self.backend is not None and self.state is MemberState.ACTIVE
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not there, in one line; what is true now before what the root says."""
+        return self.finding or self.reason
 
     @property
     def journal_capable(self) -> bool:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 
 from backends.base import Device, DeviceError
+from pool.absent import ABSENT
 from pool.errors import PoolError, PoolStopped
 from pool.failpoints import reached
 from pool.format import superblock
@@ -62,7 +63,7 @@ class Membership:
         for member in state.members.values():
             if member.backend is None and member.state is MemberState.ACTIVE:
                 member.state = MemberState.GONE
-                member.reason = member.reason or "absent when the pool was opened"
+                member.reason = member.reason or ABSENT
             elif member.index in returned:
                 member.state = MemberState.ACTIVE
                 member.reason = ""

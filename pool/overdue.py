@@ -31,7 +31,9 @@ async def answer(call: Coroutine[Any, Any, T], seconds: float, where: str) -> T:
         raise
     if not done:
         task.add_done_callback(_forget)
-        raise DeviceError(errno.ETIMEDOUT, f"{where}: no answer for {seconds:.0f} s")
+        raise DeviceError(
+            errno.ETIMEDOUT, f"{where}: no answer for {seconds:.0f} s: check its cables"
+        )
     return task.result()
 
 

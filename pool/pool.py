@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from backends.base import BLOCK_SIZE, Device, DeviceError, ObjectStore
 from pool import recovery
+from pool.absent import explain
 from pool.check import Report, check_pool
 from pool.engine import Engine
 from pool.errors import BadSuperblock, FormatError, PoolError, PoolStopped
@@ -31,7 +32,7 @@ from pool.replicas import Copy, forgetful, mapped
 from pool.roots import Found, active, check_enough, choose_root
 from pool.scrub import Scrubbed, scrub
 from pool.state import LEAF_BUDGET, Committed, State
-from pool.status import describe
+from pool.status import Health, describe, health
 from pool.table import NOWHERE, Stripe, StripeTable
 from pool.volume import Volume
 from pool.words import line
@@ -76,16 +77,21 @@ class Pool:
         rng: random.Random,
         read_only: bool = False,
         expect_pool: str | None = None,
+        absent: Mapping[str, str] | None = None,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] | None = None,
         leaf_budget: int = LEAF_BUDGET,
     ) -> Pool:
         """Open the pool that these backends belong to, and recover it. Raises PoolError (too few,
-        of several pools, newer revision, damaged), DataLost, DeviceError."""
-        root, found = await _find(backends, expect_pool)
+        of several pools, newer revision, damaged), DataLost, DeviceError.
+
+        `absent` says why there is no backend for a URL, for people who look for a member there."""
+        root, found, useless = await _find(backends, expect_pool)
         state = _state(root, mover, rng, now)
         present, returned, unfit = _attach(state, backends, found, root)
-        check_enough(root.root, present, writable=not read_only, remarks=unfit)
+        remarks = [*useless.values(), *unfit]
+        check_enough(root.root, present, writable=not read_only, remarks=remarks)
+        explain(state.members.values(), {**(absent or {}), **useless})
         reader = Reader(state, repair=not read_only)
         loader = Loader(state, reader, leaf_budget)
         for member in state.members.values():
@@ -213,8 +219,16 @@ class Pool:
 
     def status(self) -> dict[str, Any]:
         """What `pool status --json` prints."""
-        stopped = None if self._read_only else self._state.stopped
-        return describe(self._state, volumes=len(self._volumes), stopped=stopped)
+        return describe(self._state, volumes=len(self._volumes), stopped=self._stopped)
+
+    def health(self) -> Health:
+        """The state and the problems alone; cheap enough to be asked for all the time."""
+        return health(self._state, stopped=self._stopped)
+
+    @property
+    def _stopped(self) -> str | None:
+        """Why writes are refused, if they should not be."""
+        return None if self._read_only else self._state.stopped
 
     async def check(self, progress: Progress | None = None) -> list[str]:
         """Verify everything against everything; returns one line per fault."""
@@ -242,29 +256,57 @@ class Pool:
 
 async def _find(
     backends: Sequence[Device | ObjectStore], expect_pool: str | None
-) -> tuple[Superblock, list[Found]]:
-    """Read all superblocks and choose the root."""
+) -> tuple[Superblock, list[Found], dict[str, str]]:
+    """Read all superblocks and choose the root. Also returns, by URL, why backends are of no
+    use."""
     results = await asyncio.gather(
         *(_superblocks(backend) for backend in backends), return_exceptions=True
     )
     found: list[Found] = []
     refused: list[BadSuperblock] = []
+    useless: dict[str, str] = {}
     for number, result in enumerate(results):
         if isinstance(result, BadSuperblock):
             refused.append(result)
-        elif isinstance(result, BaseException):
-            if not isinstance(result, DeviceError | TimeoutError):
-                raise result
+        if isinstance(result, BaseException):
+            useless[backends[number].url] = _useless(backends[number].url, result)
         elif result:
             slot, block = result[0]
             found.append(Found(number, slot, block))
+        else:
+            url = backends[number].url
+            useless[url] = f"{url} holds nothing of a pool: put the right device there"
+    _refuse_several(backends, found)
     root = _choose(found, refused)
     if expect_pool is not None and root.root["name"] != expect_pool:
         raise PoolError(f"the devices belong to pool {root.root['name']!r}, not to {expect_pool!r}")
     devices = [item.block.device for item in found]
     if len(set(devices)) < len(devices):
         raise PoolError("a device was given twice, or a copy of one: name each device once")
-    return root, found
+    return root, found, useless
+
+
+def _useless(url: str, error: BaseException) -> str:
+    """Why a backend whose superblocks could not be read is as good as absent. Raises what is
+    neither damage nor a failure of the device."""
+    if isinstance(error, TimeoutError):
+        return f"{url} does not answer: check it and its cables"
+    if not isinstance(error, DeviceError | BadSuperblock):
+        raise error
+    return line(str(error))
+
+
+def _refuse_several(backends: Sequence[Device | ObjectStore], found: Sequence[Found]) -> None:
+    """Raise PoolError, naming the devices, if they are of several pools."""
+    pools: dict[bytes, list[Found]] = {}
+    for item in found:
+        pools.setdefault(item.block.pool, []).append(item)
+    if len(pools) > 1:
+        each = "; ".join(
+            f"{items[0].block.root['name']} on {', '.join(backends[i.backend].url for i in items)}"
+            for items in pools.values()
+        )
+        raise PoolError(f"the devices belong to different pools ({line(each)}): name one's")
 
 
 def _choose(found: list[Found], refused: list[BadSuperblock]) -> Superblock:
@@ -334,11 +376,11 @@ def _attach(
             raise PoolError(f"{backend.url} is of another kind than the pool's root says")
         if backend.size < member.layout.size:
             # As good as absent: the pool does not wait for it, nor write to it.
-            member.reason = (
+            member.finding = (
                 f"{backend.url} has shrunk from {member.layout.size} to {backend.size} bytes, "
                 "restore its size"
             )
-            unfit.append(member.reason)
+            unfit.append(member.finding)
             continue
         member.attach(backend)
         member.committed_slot = item.slot
@@ -453,6 +495,7 @@ async def _take_over(
     for index in missed:
         # Every root says so until it has caught up: a crash must not make it look whole.
         state.members[index].missed = True
+    state.returned = set(returned)
     mark = recovery.ending_mark(backlog, chain)
     state.committed = recovery.at_term(committed, chain, mark)
     copy = Copy(sources, chain, records, committed.tail)

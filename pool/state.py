@@ -103,6 +103,8 @@ class State:
     refused: int = 0
     #: Members whose copy of the journal may lack what was synced (`pool.replicas`).
     behind: set[int] = field(default_factory=set)
+    #: Members that the root had gone on without, and that were there when the pool was opened.
+    returned: set[int] = field(default_factory=set)
     #: Layers of volumes that are being deleted: clients may still read them (R23).
     leaving: set[int] = field(default_factory=set)
     #: (member, stripe, shard) of objects that nothing refers to any more.

@@ -146,8 +146,8 @@ def pool_group() -> None:
     help="Parity shards (m): so many devices may be missing.",
 )
 @click.option("--journal", multiple=True, metavar="URL", help="A device for the journal; repeat.")
-@click.option("--slot-size", metavar="SIZE", callback=SIZE, help="Space of one shard.")
-@click.option("--journal-size", metavar="SIZE", callback=SIZE, help="By device size if not given.")
+@click.option("--slot-size", metavar="SIZE", callback=SIZE, help="Of a shard; by device size.")
+@click.option("--journal-size", metavar="SIZE", callback=SIZE, help="On each; by device size.")
 @click.option("--force", is_flag=True, help="Overwrite what is on the devices.")
 @_prints
 @click.pass_obj

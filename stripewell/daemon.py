@@ -35,6 +35,7 @@ from stripewell.errors import UserError, one_line
 from stripewell.http import HttpServer, Response, plain
 from stripewell.opening import open_pool
 from stripewell.state import PoolRecord, State
+from stripewell.watch import watched
 
 #: How long requests in flight may take at the end. Below systemd's 90 s.
 _GRACE_SECONDS = 30.0
@@ -66,11 +67,10 @@ async def _serve(state: State, record: PoolRecord, listen: Listen, *, read_only:
                 make_mover=InlineMover if read_only else ProcessMover,
             )
         )
-        for problem in opened.problems:
-            print(f"stripewell: going on without a device: {problem}", file=sys.stderr)
         pool = opened.pool
-        for line in _absent(pool, opened.problems):
-            print(f"stripewell: going on without {line}", file=sys.stderr)
+        for line in _untold(pool, opened.problems):
+            _log(f"warning: {line}")
+        await stack.enter_async_context(watched(pool, _log))
         server = Server(
             partial(_lookup, pool), lambda: [pool.volume(v.name) for v in pool.volumes()]
         )
@@ -89,13 +89,14 @@ async def _serve(state: State, record: PoolRecord, listen: Listen, *, read_only:
         systemd.notify("STOPPING=1")
 
 
-def _absent(pool: Pool, told: list[str]) -> list[str]:
-    """A phrase for each device that the pool knows and nothing in `told` is about."""
-    return [
-        f"device {device['index']}, last seen at {device['url']}"
-        for device in pool.status()["devices"]
-        if device["state"] != "active" and not any(device["url"] in line for line in told)
-    ]
+def _log(line: str) -> None:
+    print(f"stripewell: {line}", file=sys.stderr, flush=True)
+
+
+def _untold(pool: Pool, problems: list[str]) -> list[str]:
+    """What was wrong with URLs and is not told of a device that the pool misses."""
+    told = pool.health().problems.values()
+    return [problem for problem in problems if not any(problem in text for text in told)]
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +60,16 @@ async def open_pool(
     for the pool to say. A busy one refuses all (R22).
     """
     async with _opened() as backends:
-        problems = await _open_those_there(record.devices, backends, writable=not read_only)
-        pool = await _open(record, backends, problems, read_only, make_mover())
+        absent = await _open_those_there(record.devices, backends, writable=not read_only)
+        pool = await _open(record, backends, absent, read_only, make_mover())
         try:
             if pool.uuid != record.uuid:
                 raise UserError(
                     f"the devices belong to another pool {pool.name!r} now ({pool.uuid}, not"
                     f" {record.uuid}): `stripewell pool import URL...` it with another --state"
                 )
-            yield OpenPool(pool, problems, read_only and await _elsewhere(record.devices))
+            elsewhere = read_only and await _elsewhere(record.devices)
+            yield OpenPool(pool, list(absent.values()), elsewhere)
         finally:
             with _told():
                 await pool.close()
@@ -194,18 +195,19 @@ def _identities(url: str) -> list[object]:
 async def _open(
     record: PoolRecord,
     backends: Sequence[Backend],
-    problems: Sequence[str],
+    absent: Mapping[str, str],
     read_only: bool,
     mover: Mover,
 ) -> Pool:
     try:
-        with _told(problems):
+        with _told(list(absent.values())):
             return await Pool.open(
                 backends,
                 mover=mover,
                 rng=random.Random(),
                 read_only=read_only,
                 expect_pool=record.name,
+                absent=absent,
             )
     except BaseException:
         await mover.close()
@@ -231,16 +233,17 @@ async def _refuse_foreign(backend: Backend) -> None:
 
 async def _open_those_there(
     urls: Sequence[str], backends: list[Backend], *, writable: bool
-) -> list[str]:
-    problems = []
+) -> dict[str, str]:
+    """Why the others could not be opened, by URL. Raises `UserError` if one is busy."""
+    absent = {}
     for url in urls:
         try:
             backends.append(await _when_free(url, writable=writable))
         except DeviceBusy as error:
             raise UserError(one_line(error)) from error
         except DeviceError as error:
-            problems.append(one_line(error))
-    return problems
+            absent[url] = one_line(error)
+    return absent
 
 
 async def _when_free(url: str, *, writable: bool) -> Backend:

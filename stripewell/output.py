@@ -57,7 +57,7 @@ def _devices(devices: list[dict[str, Any]]) -> str:
     rows = [
         [
             str(device["index"]),
-            device["state"] + (f" ({device['reason']})" if device["reason"] else ""),
+            device["state"],
             "yes" if device["journal"] else "",
             format_size(device["size_bytes"]),
             format_size(device["used_bytes"]),

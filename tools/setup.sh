@@ -77,22 +77,10 @@ install_tools() {
     fi
 }
 
-# Debian's Python binding of libnbd, alone: the rest of dist-packages would shadow pinned packages.
-link_libnbd() {
-    local packages dir=$venv/lib/libnbd debian=/usr/lib/python3/dist-packages
-    [ -e $debian/nbd.py ] || return 0
-    packages=$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    mkdir -p $dir
-    ln -sf $debian/nbd.py $debian/libnbdmod*.so $dir/
-    realpath $dir > "$packages/stripewell_libnbd.pth"
-    $venv/bin/python -c 'import nbd' 2>/dev/null ||
-        note "python3-libnbd is for another Python than $venv's; tests that need it are skipped"
-}
-
 make_venv
 note "installing Python packages"
 PYTHONWARNINGS=ignore $venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tls]'
 install_tools
-link_libnbd
+tools/link_libnbd.sh $venv
 touch $stamp
 note "ready"

@@ -33,7 +33,7 @@ _STREAM = "-"
 @click.option("--incomplete", is_flag=True, help="Restore what there is; lost blocks become zeros.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 @click.option("--verify", is_flag=True, help="Read every block before saying what is restorable.")
-@click.option("--generation", type=click.IntRange(0), metavar="N", help="Use that root.")
+@click.option("--generation", type=click.IntRange(0), metavar="N", help="Use an older root.")
 @click.option("--digest", metavar="PREFIX", help="Use the root whose digest begins like that.")
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
 @click.pass_context

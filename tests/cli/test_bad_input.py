@@ -329,4 +329,4 @@ def test_a_daemon_names_devices_that_were_not_imported(stripewell: Stripewell) -
     assert "without device 1" in stripewell.ok("pool", "import", *left)
     daemon = stripewell.serve()
     _, _, err = daemon.terminate()
-    assert "going on without device 1, last seen at" in err
+    assert "warning: device 1 (last seen at" in err

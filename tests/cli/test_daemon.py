@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
@@ -241,3 +243,36 @@ def test_what_cannot_be_written_can_still_be_read(stripewell: Stripewell) -> Non
     assert client.pread(4096, 4096) == b"kept" * 1024
     client.flush()
     client.shutdown()
+
+
+def test_devices_that_go_and_come_back_are_logged(tank: Stripewell) -> None:
+    daemon = tank.serve()
+    client = connect(daemon.socket)
+    client.pwrite(b"x" * (1 << 20), 0)
+    client.flush()
+    device, copy = tank.directory / "d1", tank.directory / "copy"
+    shutil.copy(device, copy)
+    device.unlink()
+    client.pwrite(b"y" * (1 << 20), 0)
+    client.flush()
+    client.shutdown()
+    assert tank.json("pool", "status", "tank")["state"] == "degraded"
+    _, _, err = daemon.terminate()
+    name = f"device 1 (file://{device}?size=64M)"
+    gone, *more, state = err.splitlines()
+    assert gone.startswith(f"stripewell: warning: {name} is missing: file://{device}")
+    assert "has vanished (file was deleted): bring it back" in gone
+    assert all("the journal has" in line for line in more)
+    assert state == "stripewell: warning: pool tank is degraded (it was healthy)"
+
+    copy.rename(device)
+    daemon = tank.serve()
+    deadline = time.monotonic() + SECONDS
+    while tank.json("pool", "status", "tank")["state"] != "healthy":
+        assert time.monotonic() < deadline
+    _, _, err = daemon.terminate()
+    lines = err.splitlines()
+    back = lines.index(f"stripewell: {name} is back; what it missed is rebuilt")
+    assert back < lines.index(f"stripewell: {name} has everything again")
+    if any("is degraded" in line for line in lines):
+        assert lines[-1] == "stripewell: pool tank is healthy again (it was degraded)"

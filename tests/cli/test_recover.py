@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -92,6 +93,27 @@ def test_a_volume_is_named_as_everywhere_else(
     assert "these devices hold pool tank, not 'lake': write tank/VOLUME" in line
     line = stripewell.refused("recover", *urls, "--volume", "tank/nobody", "--to", "x")
     assert "there is no volume 'tank/nobody' (there are: alpha, beta, late)" in line
+
+
+def test_an_older_root_is_found_looked_at_and_restored_from(
+    stripewell: Stripewell, urls: list[str]
+) -> None:
+    """As the operations manual says."""
+    line = stripewell.refused("recover", *urls, "--generation", "0")
+    newest, older = (int(text) for text in re.findall(r"generation (\d+), digest", line)[:2])
+    assert newest > older
+    assert f"root      generation {newest}," in stripewell.ok("recover", *urls)
+    wanted = ("--generation", str(older))
+    looked = recover(stripewell, *urls, *wanted, "--verify")
+    assert looked.returncode == 1
+    assert f"chosen by hand; there is another: generation {newest}" in looked.stdout
+    restore = ("--volume", "alpha", "--to", "alpha.raw")
+    line = stripewell.refused("recover", *urls, *wanted, *restore)
+    assert "chosen by hand" in line
+    assert "--incomplete" in line
+    done = recover(stripewell, *urls, *wanted, *restore, "--incomplete")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert (stripewell.directory / "alpha.raw").exists()
 
 
 def test_a_volume_goes_to_stdout(stripewell: Stripewell, urls: list[str], sample: Sample) -> None:

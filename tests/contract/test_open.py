@@ -101,7 +101,7 @@ async def test_a_bare_path_of_a_disk_is_a_disk(loop_device: str) -> None:
         ("{tmp}/missing", "say how large it shall become"),
         ("{tmp}/no/such/dir?size=1M", "directory does not exist"),
         ("{tmp}/small", "too few"),
-        ("{tmp}/small?size=1M", "leave out size="),
+        ("{tmp}/small?size=1M", "correct size="),
         ("dir:{tmp}/small", "no directory: write file:"),
         ("block:{tmp}/small", "no block device: write file:"),
         ("block:{tmp}", "no block device: write dir:"),

@@ -12,33 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from backends.fault_script import (
-    OPERATIONS,
-    READS,
-    WRITES,
-    Action,
-    ApplyThenFail,
-    Delay,
-    Fail,
-    FlipBits,
-    Hang,
-    Rule,
-    ShortRead,
-    Vanish,
-)
+from backends.fault_script import Fail, Rule
 from pool.errors import PoolError, PoolFull, PoolStopped
 from pool.slots import SPARE
 
 from .clients import BLOCK_SECTORS, Client
 from .devices import SimDevice
+from .faults import drawn
 from .options import REQUESTS, Options
 from .oracle import Violation
 from .ports import NbdPort
 from .stores import SimStore
 from .world import Rig
 
-SYNC = frozenset({"sync"})
-SLOW = READS | {"write", "sync", "put"}
 BLOCK = 4096
 #: Bytes at either end of a device that hold superblocks.
 SUPERBLOCKS = 128 << 10
@@ -192,7 +178,7 @@ def _harm(stage: Stage, rng: Random, name: str) -> None:
     elif kind == "no room":
         stage.rig.world.scripts[name].add(_no_room(stage.rig, name, rng))
     elif kind not in ("rot", "returns old"):
-        stage.rig.world.scripts[name].add(fault(kind, rng))
+        stage.rig.world.scripts[name].add(drawn(kind, rng))
 
 
 def rot(device: SimDevice | SimStore, rng: Random, count: int) -> None:
@@ -213,20 +199,3 @@ def _no_room(rig: Rig, name: str, rng: Random) -> Rule:
     within = (start, where.slot_offset(where.slots)) if where.addressable else None
     ops = frozenset({"write", "put"})
     return Rule(ops, Fail(errno.ENOSPC), times=rng.choice((3, None)), within=within)
-
-
-def fault(kind: str, rng: Random) -> Rule:
-    """A rule for the kinds that are rules."""
-    kinds: dict[str, tuple[frozenset[str], Action]] = {
-        "reads fail": (READS, Fail()),
-        "writes fail": (WRITES, Fail()),
-        "syncs fail": (SYNC, Fail()),
-        "applied, then failed": (SYNC | WRITES, ApplyThenFail()),
-        "bits flip": (READS, FlipBits(3)),
-        "short reads": (READS, ShortRead()),
-        "slow": (SLOW, Delay(rng.choice((0.1, 5.0, 40.0)))),
-        "hangs": (SLOW, Hang()),
-        "vanishes": (OPERATIONS, Vanish()),
-    }
-    ops, action = kinds[kind]
-    return Rule(ops, action, times=rng.choice((1, 3, None)), chance=rng.choice((1.0, 0.3)))

@@ -53,6 +53,11 @@ def table(events: Counter[str], wanted: Mapping[str, str]) -> str:
     return "\n".join(f"{events[name]:10d}  {text}" for name, text in wanted.items())
 
 
+def happened(events: Counter[str], wanted: Mapping[str, str]) -> str:
+    """The same without what never happened."""
+    return table(events, {name: text for name, text in wanted.items() if events[name]})
+
+
 def report(title: str, events: Counter[str], wanted: Mapping[str, str] | None = None) -> None:
     """Print the histogram. Raises AssertionError if something wanted never happened."""
     wanted = RARE if wanted is None else wanted

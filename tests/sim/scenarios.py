@@ -368,6 +368,22 @@ SCENARIOS: dict[str, tuple[Scenario, Shape]] = {
 }
 
 
+def operations(name: str) -> int:
+    """How many device operations a workload takes, with the opening before it."""
+
+    async def live() -> int:
+        scenario, shape = SCENARIOS[name]
+        rig = Rig(7, shape)
+        await rig.create()
+        before = rig.world.operations
+        await scenario(rig, await rig.open())
+        taken = rig.world.operations - before
+        rig.end_life(power=False)
+        return taken
+
+    return run(live())
+
+
 def crash_at(name: str, nth: int) -> tuple[Counter[str], bool]:
     """Run a workload up to its `nth` device operation, crash, and judge. Returns the events, and
     whether the workload ended before. Raises Violation, naming the case."""
