@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from struct import Struct
 
 from nbd_server import constants as nbd
@@ -19,6 +20,7 @@ from nbd_server.export import Export
 from nbd_server.limits import Limits
 from nbd_server.options import MalformedOption, parse_info, parse_meta_context
 from nbd_server.replies import Framing
+from nbd_server.tls import Tls
 
 _GREETING = Struct(">QQH")
 _CLIENT_FLAGS = Struct(">I")
@@ -58,15 +60,40 @@ class Exports:
         export = self.find(name)
         return None if export is None or export.closed else export
 
+    def seen_by(self, tls: Tls, subject: str | None) -> Exports:
+        """Those that a client may see, by the subject of its certificate."""
+
+        def find(name: str) -> Export | None:
+            export = self.find(name)
+            return export if export is not None and tls.permits(subject, export.name) else None
+
+        return Exports(find, lambda: [e for e in self.list() if tls.permits(subject, e.name)])
+
+
+class Security(Enum):
+    """What a connection has to do with TLS."""
+
+    NONE = "not offered"
+    OFFERED = "offered"
+    REQUIRED = "required first"
+    DONE = "in use"
+
 
 class Handshake:
-    """The negotiation of one connection. Send `GREETING` first."""
+    """The negotiation of one connection. Send `GREETING` first.
 
-    def __init__(self, exports: Exports, limits: Limits) -> None:
+    When `starttls` is set, TLS begins behind the replies, and a new object goes on: nothing that
+    was negotiated before counts."""
+
+    def __init__(
+        self, exports: Exports, limits: Limits, security: Security = Security.NONE,
+        flags: int | None = None,
+    ) -> None:  # fmt: skip
         self._exports = exports
         self._limits = limits
+        self._security = security
         self._replies: list[bytes] = []
-        self._flags: int | None = None
+        self._flags = flags
         self._skip = 0
         self._structured = False
         self._extended = False
@@ -83,8 +110,16 @@ class Handshake:
             nbd.OPT_SET_META_CONTEXT: self._set_meta_context,
             nbd.OPT_EXTENDED_HEADERS: self._extended_headers,
         }
+        if security is not Security.NONE:
+            self._handlers[nbd.OPT_STARTTLS] = self._starttls
         self.outcome: Agreement | None = None
         self.aborted = False
+        self.starttls = False
+
+    @property
+    def flags(self) -> int | None:
+        """The client's flags, once they are there."""
+        return self._flags
 
     def replies(self) -> bytes:
         """What is to be sent since the last call."""
@@ -150,6 +185,10 @@ class Handshake:
         handler = self._handlers.get(option)
         if option != nbd.OPT_EXPORT_NAME and not fixed:
             self._fail(option, nbd.REP_ERR_INVALID, "the client did not ask for fixed newstyle")
+        elif self._security is Security.REQUIRED and option != nbd.OPT_STARTTLS:
+            if option == nbd.OPT_EXPORT_NAME:
+                raise ProtocolError("EXPORT_NAME without TLS")
+            self._fail(option, nbd.REP_ERR_TLS_REQD, "this server requires TLS: send STARTTLS")
         elif handler is None:
             self._fail(option, nbd.REP_ERR_UNSUP, f"option {option} is not supported")
         else:
@@ -157,6 +196,14 @@ class Handshake:
                 handler(data)
             except MalformedOption as error:
                 self._fail(option, nbd.REP_ERR_INVALID, str(error))
+
+    def _starttls(self, data: bytes) -> None:
+        if data:
+            raise MalformedOption("STARTTLS takes no data")
+        if self._security is Security.DONE:
+            raise MalformedOption("TLS is in use already")
+        self._reply(nbd.OPT_STARTTLS, nbd.REP_ACK)
+        self.starttls = True
 
     # --- options -----------------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ when its last byte has been sent or the connection is over. Called by `session`.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbd_server.buffers import BufferPool
+from nbd_server.tls import Stream
 
 #: Replies handed to the kernel in one call.
 _AT_ONCE = 16
@@ -36,7 +36,7 @@ class Outbox:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Stream,
         loop: asyncio.AbstractEventLoop,
         pool: BufferPool,
         hold: Callable[[int], None],
@@ -61,6 +61,11 @@ class Outbox:
         """Whether something is kept."""
         return bool(self._unsent)
 
+    def use(self, sock: Stream) -> None:
+        """Send over another socket from now on. Nothing may be kept."""
+        assert not self._unsent
+        self._sock = sock
+
     def send(self, data: memoryview, pooled: memoryview | None = None) -> None:
         """Send `data`, now or later; `pooled` is the pool's buffer that it lies in."""
         sent = 0
@@ -82,7 +87,8 @@ class Outbox:
     def close(self) -> None:
         """Drop what is kept. To be called before the socket is closed."""
         self._closed = True
-        self._loop.remove_writer(self._sock)
+        if self._sock.fileno() >= 0:
+            self._loop.remove_writer(self._sock)
         while self._unsent:
             self._release()
 

@@ -30,6 +30,7 @@ from nbd_server.export import Export
 from nbd_server.handshake import Exports
 from nbd_server.limits import Limits
 from nbd_server.session import Session, Shared
+from nbd_server.tls import Stream, Tls
 from nbd_server.transmission import buffer_pool
 
 _log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Server:
         list_exports: Callable[[], list[Export]],
         limits: Limits | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
-        hung_up: Callable[[socket.socket], bool] | None = None,
+        hung_up: Callable[[Stream], bool] | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.counters = Counters()
@@ -87,6 +89,7 @@ class Server:
             hung_up=hung_up or _hung_up,
             entered=self._fence,
             ended=self._ended,
+            tls=tls,
         )
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
@@ -238,7 +241,7 @@ class Server:
                 await asyncio.wait(tasks, timeout=_UNWIND_SECONDS)
 
 
-def _hung_up(sock: socket.socket) -> bool:
+def _hung_up(sock: Stream) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))

@@ -27,10 +27,11 @@ from nbd_server.constants import CMD_FLAG_PAYLOAD_LEN, CMD_WRITE, EINVAL
 from nbd_server.counters import Counters
 from nbd_server.errors import ProtocolError
 from nbd_server.export import Export
-from nbd_server.handshake import GREETING, Exports, Handshake
+from nbd_server.handshake import GREETING, Exports, Handshake, Security
 from nbd_server.limits import Limits
 from nbd_server.outbox import Outbox
 from nbd_server.requests import Request, parse
+from nbd_server.tls import Stream, Tls, TlsSocket
 from nbd_server.transmission import Transmission, reply_buffer_size
 
 _log = logging.getLogger(__name__)
@@ -53,10 +54,11 @@ class Shared:
     #: Nanoseconds, monotonic.
     clock: Callable[[], int]
     #: Whether the other side of a socket has closed, even if bytes that it sent are unread.
-    hung_up: Callable[[socket.socket], bool]
+    hung_up: Callable[[Stream], bool]
     #: Called when a session enters the transmission phase, and when it has ended.
     entered: Callable[[Session], None]
     ended: Callable[[Session], None]
+    tls: Tls | None = None
 
 
 @dataclass(slots=True)
@@ -93,9 +95,12 @@ class Session:
         self.finishing = False
         self._expelled = False
         self._moved = True
-        self._sock = sock
+        self._sock: Stream = sock
+        #: The same, while a TLS handshake is under way and from then on.
+        self._tls: TlsSocket | None = None
+        self._securing = False
         self._shared = shared
-        self._handshake: Handshake | None = Handshake(shared.exports, shared.limits)
+        self._handshake: Handshake | None = self._negotiation()
         self._transmission: Transmission | None = None
         self._kept = _NOTHING
         self._more = False
@@ -113,6 +118,14 @@ class Session:
             drained=self._adjust,
             lost=self.close,
         )
+
+    def _negotiation(self) -> Handshake:
+        shared, tls = self._shared, self._shared.tls
+        if tls is None:
+            return Handshake(shared.exports, shared.limits)
+        security = Security.REQUIRED if tls.required else Security.OFFERED
+        exports = shared.exports.seen_by(tls, None)
+        return Handshake(exports, shared.limits, security)
 
     # --- what the server calls -----------------------------------------------------------------
 
@@ -173,7 +186,10 @@ class Session:
         if reason is not None:
             _log.warning("closing the connection of %s: %s", self.peer, reason)
         loop = self._shared.loop
-        loop.remove_reader(self._sock)
+        if self._sock.fileno() >= 0:
+            # TLS that could not even begin has closed it.
+            loop.remove_reader(self._sock)
+            loop.remove_writer(self._sock)
         for handle in (self._deadline, self._continuation):
             if handle is not None:
                 handle.cancel()
@@ -193,7 +209,7 @@ class Session:
         if self.closed:
             return
         if self._may_read():
-            if self._more:
+            if self._more or (self._tls is not None and self._tls.pending):
                 self._read_when_ready(False)
                 if self._continuation is None:
                     self._continuation = self._shared.loop.call_soon(self._continue)
@@ -205,7 +221,7 @@ class Session:
             self.close()
 
     def _may_read(self) -> bool:
-        if self._outbox.waiting or self.finishing:
+        if self._outbox.waiting or self.finishing or self._securing:
             return False
         if self._payload is not None:
             # Its memory is accounted for already; only the rest of it brings that back.
@@ -238,6 +254,9 @@ class Session:
         """A turn over bytes that were received earlier."""
         self._continuation = None
         if self.closed or not self._may_read():
+            return
+        if not self._more:
+            self._turn(self._receive)
             return
         kept, self._kept, self._more = self._kept, _NOTHING, False
         self._turn(lambda: self._take(kept))
@@ -308,6 +327,12 @@ class Session:
             self.finishing = True
             return
         rest = data[used:]
+        if handshake.starttls:
+            # What came in plain text behind it would be taken for what TLS protects.
+            if rest or self._outbox.waiting:
+                raise ProtocolError("bytes behind STARTTLS before its answer")
+            self._start_tls()
+            return
         self._keep(rest, more=bool(used) and bool(rest))
 
     def _enter(self, handshake: Handshake) -> None:
@@ -320,6 +345,42 @@ class Session:
         if self._deadline is not None:
             self._deadline.cancel()
         self._shared.entered(self)
+
+    # --- TLS -------------------------------------------------------------------------------------
+
+    def _start_tls(self) -> None:
+        tls = self._shared.tls
+        assert tls is not None
+        assert isinstance(self._sock, socket.socket)
+        self._read_when_ready(False)
+        try:
+            self._tls = self._sock = TlsSocket(self._sock, tls.context)
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"no TLS: {error}") from None
+        self._outbox.use(self._tls)
+        self._securing = True
+        self._secure()
+
+    def _secure(self) -> None:
+        """A step of the TLS handshake; then the NBD handshake begins anew (it is not greeted
+        again)."""
+        self._turn(self._secure_step)
+
+    def _secure_step(self) -> None:
+        sock, shared, handshake = self._tls, self._shared, self._handshake
+        assert sock is not None
+        assert handshake is not None
+        reads = sock.handshake()
+        shared.loop.remove_reader(sock)
+        shared.loop.remove_writer(sock)
+        if not sock.established:
+            wait = shared.loop.add_reader if reads else shared.loop.add_writer
+            wait(sock, self._secure)
+            return
+        self._securing = False
+        assert shared.tls is not None
+        exports = shared.exports.seen_by(shared.tls, sock.subject)
+        self._handshake = Handshake(exports, shared.limits, Security.DONE, handshake.flags)
 
     def _timed_out(self) -> None:
         self.close(f"no export chosen in {self._shared.limits.handshake_seconds:g} s")

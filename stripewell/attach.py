@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import socket
 import zlib
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
 from stripewell.endpoints import Address, Endpoints
 
 RECONNECT_SECONDS = 60
+#: Where a client's certificate is expected (`docs/operations.md`, "TLS").
+CREDENTIALS = "/etc/pki/stripewell"
 _CONNECTIONS = 4
 #: QEMU's limit of a node name is 31; ours get "-nbd" appended.
 _NODE_LENGTH = 27
@@ -25,7 +28,7 @@ _NODE_LENGTH = 27
 
 def describe(pool: str, volume: str, endpoints: Endpoints) -> dict[str, Any]:
     """Everything about attaching one volume, JSON-able."""
-    where = Endpoints(endpoints.unix, _reachable(endpoints.tcp))
+    where = replace(endpoints, tcp=_reachable(endpoints.tcp))
     return {
         "pool": pool,
         "volume": volume,
@@ -55,9 +58,29 @@ def qemu_arguments(volume: str, endpoints: Endpoints) -> list[str]:
         "reconnect-delay": RECONNECT_SECONDS,
         "discard": "unmap",
     }
+    credentials = []
+    if endpoints.tls:
+        client |= {"tls-creds": "tls0"} | _tls_server(endpoints)
+        credentials = ["-object", f"tls-creds-x509,id=tls0,dir={CREDENTIALS},endpoint=client"]
     raw = {"driver": "raw", "node-name": node, "file": f"{node}-nbd", "discard": "unmap"}
     device = f"virtio-blk-pci,drive={node},werror=stop,rerror=stop"
-    return ["-blockdev", json.dumps(client), "-blockdev", json.dumps(raw), "-device", device]
+    return [
+        *credentials,
+        "-blockdev",
+        json.dumps(client),
+        "-blockdev",
+        json.dumps(raw),
+        "-device",
+        device,
+    ]
+
+
+def _tls_server(endpoints: Endpoints) -> dict[str, Any]:
+    """How QEMU reaches and checks a server with TLS: by the name in its certificate."""
+    if endpoints.tcp:
+        port = str(endpoints.tcp.port)
+        return {"server": {"type": "inet", "host": endpoints.tcp.host, "port": port}}
+    return {"tls-hostname": socket.gethostname()}
 
 
 def libvirt_disk(volume: str, endpoints: Endpoints) -> str:
@@ -73,7 +96,13 @@ def libvirt_disk(volume: str, endpoints: Endpoints) -> str:
         rerror_policy="stop",
     )
     source = ElementTree.SubElement(disk, "source", protocol="nbd", name=volume)
-    ElementTree.SubElement(source, "host", transport="unix", socket=endpoints.unix)
+    if endpoints.tls:
+        source.set("tls", "yes")
+    if endpoints.tls and endpoints.tcp:
+        host, port = endpoints.tcp.host, str(endpoints.tcp.port)
+        ElementTree.SubElement(source, "host", name=host, port=port)
+    else:
+        ElementTree.SubElement(source, "host", transport="unix", socket=endpoints.unix)
     ElementTree.SubElement(source, "reconnect", delay=str(RECONNECT_SECONDS))
     ElementTree.SubElement(disk, "target", dev="vda", bus="virtio")
     ElementTree.indent(disk)
@@ -83,6 +112,10 @@ def libvirt_disk(volume: str, endpoints: Endpoints) -> str:
 def nbd_client_commands(volume: str, endpoints: Endpoints) -> list[list[str]]:
     """The kernel's client: connect over the unix socket, over TCP if served there, disconnect."""
     device, tail = "/dev/nbd0", ["-N", volume, "-C", str(_CONNECTIONS)]
+    if endpoints.tls:
+        files = {"-A": "ca-cert", "-F": "client-cert", "-K": "client-key"}
+        for option, name in files.items():
+            tail += [option, f"{CREDENTIALS}/{name}.pem"]
     commands = [["nbd-client", "-unix", endpoints.unix, device, *tail]]
     if endpoints.tcp:
         host, port = endpoints.tcp.host, str(endpoints.tcp.port)

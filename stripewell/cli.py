@@ -55,6 +55,8 @@ SIZE = _parsed(parse_size)
 NBD_ADDRESS = _parsed(lambda text: parse_address(text, NBD_PORT))
 HTTP_ADDRESS = _parsed(parse_address)
 SOCKET = _parsed(parse_socket)
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def _use_state(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
@@ -315,7 +317,8 @@ async def _endpoints(state: State, record: PoolRecord, volume: str) -> Endpoints
         raise UserError(f"pool {record.name} has no volume {volume!r} (it has: {names})")
     if where is None:
         return None
-    return Endpoints(where["unix"], Address(**where["tcp"]) if where["tcp"] else None)
+    tcp = Address(**where["tcp"]) if where["tcp"] else None
+    return Endpoints(where["unix"], tcp, where.get("tls", False))
 
 
 @cli.command()
@@ -323,6 +326,18 @@ async def _endpoints(state: State, record: PoolRecord, volume: str) -> Endpoints
 @click.option("--unix", callback=SOCKET, metavar="PATH", help="NBD socket.")
 @click.option("--tcp", callback=NBD_ADDRESS, metavar="HOST[:PORT]", help="Serve NBD over TCP, too.")
 @click.option("--http", callback=HTTP_ADDRESS, metavar="HOST:PORT", help="/metrics and /healthz.")
+@click.option(
+    "--tls", type=click.Choice(["off", "allowed", "required"]), default="off", show_default=True
+)
+@click.option(
+    "--tls-certificates", type=DIRECTORY, metavar="DIR", help="Made by `stripewell tls server`."
+)
+@click.option(
+    "--tls-verify-clients", is_flag=True, help="Only clients with a certificate of the CA."
+)
+@click.option(
+    "--tls-allow", type=FILE, metavar="FILE", help="Volumes by subject: lines SUBJECT: VOLUME..."
+)
 @click.option("--read-only", is_flag=True, help="Change nothing; for a pool that lacks devices.")
 @state_option
 @click.pass_obj
@@ -332,14 +347,21 @@ def serve(
     unix: Path | None,
     tcp: Address | None,
     http: Address | None,
+    tls: str,
+    tls_certificates: Path | None,
+    tls_verify_clients: bool,
+    tls_allow: Path | None,
     read_only: bool,
 ) -> None:
     """Serve a pool's volumes over NBD until SIGTERM or SIGINT."""
     record = state.record(name)
-    from stripewell import daemon
+    from stripewell import daemon, security
 
+    policy = security.load(
+        security.Mode(tls), tls_certificates, verify_clients=tls_verify_clients, allow=tls_allow
+    )
     socket = unix or parse_socket(str(state.nbd_socket(name)))
-    listen = daemon.Listen(socket, tcp, http)
+    listen = daemon.Listen(socket, tcp, http, policy)
     daemon.serve(state, record, listen, read_only=read_only)
 
 

@@ -24,6 +24,7 @@ import uvloop
 
 from nbd_server.export import Export
 from nbd_server.server import Server
+from nbd_server.tls import Tls
 from pool import Pool
 from pool.mover import InlineMover, ProcessMover
 from pool.words import counted
@@ -48,6 +49,7 @@ class Listen:
     unix: Path
     tcp: Address | None = None
     http: Address | None = None
+    tls: Tls | None = None
 
 
 def serve(state: State, record: PoolRecord, listen: Listen, *, read_only: bool = False) -> None:
@@ -72,7 +74,9 @@ async def _serve(state: State, record: PoolRecord, listen: Listen, *, read_only:
             _log(f"warning: {line}")
         await stack.enter_async_context(watched(pool, _log))
         server = Server(
-            partial(_lookup, pool), lambda: [pool.volume(v.name) for v in pool.volumes()]
+            partial(_lookup, pool),
+            lambda: [pool.volume(v.name) for v in pool.volumes()],
+            tls=listen.tls,
         )
         endpoints = await stack.enter_async_context(_listening(server, listen))
         controller = Controller(pool, endpoints, server.drop_export)
@@ -126,7 +130,8 @@ async def _listening(server: Server, listen: Listen) -> AsyncIterator[Endpoints]
     """The server on its sockets, stopped at the end."""
     try:
         await server.listen_unix(str(listen.unix))
-        yield Endpoints(str(listen.unix), await _listen_tcp(server, listen.tcp))
+        tcp = await _listen_tcp(server, listen.tcp)
+        yield Endpoints(str(listen.unix), tcp, listen.tls is not None and listen.tls.required)
     finally:
         await server.stop(_GRACE_SECONDS)
 

@@ -1,6 +1,7 @@
 """Where a daemon listens, and how NBD URIs name it. Pure; called by `daemon`, `attach` and the CLI.
 
-URIs follow NBD's doc/uri.md: nbd://HOST:PORT/EXPORT and nbd+unix:///EXPORT?socket=PATH.
+URIs follow NBD's doc/uri.md: nbd://HOST:PORT/EXPORT and nbd+unix:///EXPORT?socket=PATH; nbds and
+nbds+unix with TLS.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ class Endpoints:
 
     unix: str
     tcp: Address | None = None
+    #: Whether clients must use TLS.
+    tls: bool = False
 
     def uris(self, export: str = "") -> list[str]:
-        uris = [f"nbd+unix:///{quote(export)}?socket={quote(self.unix, safe='/')}"]
+        scheme = "nbds" if self.tls else "nbd"
+        uris = [f"{scheme}+unix:///{quote(export)}?socket={quote(self.unix, safe='/')}"]
         if self.tcp:
-            uris.append(f"nbd://{self.tcp}/{quote(export)}")
+            uris.append(f"{scheme}://{self.tcp}/{quote(export)}")
         return uris
 
 

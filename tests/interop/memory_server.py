@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nbd_server.export import Export
 from nbd_server.server import Server
+from stripewell import security
 from tests.memory_export import MemoryExport
 
 
@@ -33,7 +34,13 @@ async def serve(arguments: argparse.Namespace) -> None:
     )
     export.slow = arguments.slow
     named: dict[str, Export] = {"": export, export.name: export}
-    server = Server(named.get, lambda: [export])
+    tls = security.load(
+        security.Mode(arguments.tls),
+        arguments.tls_certificates,
+        verify_clients=arguments.tls_verify_clients,
+        allow=arguments.tls_allow,
+    )
+    server = Server(named.get, lambda: [export], tls=tls)
     if arguments.unix:
         await server.listen_unix(arguments.unix)
     port = await server.listen_tcp("127.0.0.1", 0) if arguments.tcp else 0
@@ -54,6 +61,10 @@ def main() -> None:
     parser.add_argument("--name", default="memory", help="name of the export")
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--slow", action="store_true", help="answer everything from tasks")
+    parser.add_argument("--tls", default="off", help="off, allowed or required")
+    parser.add_argument("--tls-certificates", type=Path, help="a server's directory")
+    parser.add_argument("--tls-verify-clients", action="store_true")
+    parser.add_argument("--tls-allow", type=Path, help="volumes by subject")
     parser.add_argument("--plain", action="store_true", help="asyncio's own loop, not uvloop")
     arguments = parser.parse_args()
     factory = None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nbd_server.counters import Counters
 from nbd_server.errors import ProtocolError
-from nbd_server.handshake import Agreement, Handshake
+from nbd_server.handshake import Agreement, Handshake, Security
 from nbd_server.limits import Limits
 from nbd_server.replies import Framing
 from nbd_server.requests import EXTENDED_HEADER, INLINE_PAYLOAD, Request, parse
@@ -44,14 +44,16 @@ option = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(option, max_size=8), st.integers(0, 3), st.integers(1, 64))
-def test_negotiation(options: list[bytes], flags: int, step: int) -> None:
-    handshake = Handshake(exports(), Limits(option_bytes=4200))
+@given(
+    st.lists(option, max_size=8), st.integers(0, 3), st.integers(1, 64), st.sampled_from(Security)
+)
+def test_negotiation(options: list[bytes], flags: int, step: int, security: Security) -> None:
+    handshake = Handshake(exports(), Limits(option_bytes=4200), security)
     stream = wire.client_flags(flags) + b"".join(options)
     kept = replies = b""
     for at in range(0, len(stream), step):
         kept += stream[at : at + step]
-        while kept and handshake.outcome is None and not handshake.aborted:
+        while kept and not (handshake.outcome or handshake.aborted or handshake.starttls):
             try:
                 used = handshake.receive(memoryview(kept))
             except ProtocolError:
@@ -61,6 +63,7 @@ def test_negotiation(options: list[bytes], flags: int, step: int) -> None:
             if not used:
                 assert len(kept) < 16 + 4200
                 break
+    assert security is not Security.REQUIRED or handshake.outcome is None
     if handshake.outcome is None:
         for number, kind, data in wire.option_replies(replies):
             assert 0 <= number < 2**32
