@@ -50,9 +50,9 @@ _UNWIND_SECONDS = 1.0
 @dataclass(frozen=True, slots=True)
 class _Listener:
     sock: socket.socket
-    #: Path and inode of a unix socket, which is removed with the listener.
+    #: Path of a unix socket, and its inode if it is removed with the listener.
     path: str | None = None
-    inode: int = 0
+    inode: int | None = None
 
 
 class Server:
@@ -139,6 +139,11 @@ class Server:
         actual: int = sock.getsockname()[1]
         return actual
 
+    def listen_on(self, sock: socket.socket) -> None:
+        """Accept connections from a socket that listens already; whoever made it keeps its path."""
+        unix = sock.family == socket.AF_UNIX
+        self._listen(_Listener(sock, str(sock.getsockname()) if unix else None))
+
     def _listen(self, listener: _Listener) -> None:
         listener.sock.setblocking(False)
         listener.sock.listen(_BACKLOG)
@@ -156,7 +161,8 @@ class Server:
                 self._loop.remove_reader(listener.sock)
                 self._loop.call_later(_ACCEPT_PAUSE, self._accept_again, listener)
                 return
-            self.adopt(sock, listener.path or f"{address[0]}:{address[1]}")
+            peer = listener.path if listener.path is not None else f"{address[0]}:{address[1]}"
+            self.adopt(sock, peer)
 
     def _accept_again(self, listener: _Listener) -> None:
         if listener in self._listeners:
@@ -274,7 +280,7 @@ def _remove_stale(path: str) -> None:
 
 def _remove_own(listener: _Listener) -> None:
     """Remove the socket file unless a successor has put its own there."""
-    if listener.path is None:
+    if listener.path is None or listener.inode is None:
         return
     with contextlib.suppress(FileNotFoundError):
         if os.stat(listener.path).st_ino == listener.inode:

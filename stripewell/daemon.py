@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -129,11 +131,27 @@ def _lookup(pool: Pool, name: str) -> Export | None:
 async def _listening(server: Server, listen: Listen) -> AsyncIterator[Endpoints]:
     """The server on its sockets, stopped at the end."""
     try:
-        await server.listen_unix(str(listen.unix))
-        tcp = await _listen_tcp(server, listen.tcp)
-        yield Endpoints(str(listen.unix), tcp, listen.tls is not None and listen.tls.required)
+        unix, tcp = _activated(server)
+        if unix is None:
+            unix = str(listen.unix)
+            await server.listen_unix(unix)
+        tcp = tcp or await _listen_tcp(server, listen.tcp)
+        yield Endpoints(unix, tcp, listen.tls is not None and listen.tls.required)
     finally:
         await server.stop(_GRACE_SECONDS)
+
+
+def _activated(server: Server) -> tuple[str | None, Address | None]:
+    """Listen on the sockets that systemd holds, if it does; where they are. Raises `UserError`."""
+    unix, tcp = None, None
+    for sock in systemd.listening():
+        server.listen_on(sock)
+        name = sock.getsockname()
+        if sock.family == socket.AF_UNIX:
+            unix = os.fsdecode(name)
+        else:
+            tcp = Address(name[0], name[1])
+    return unix, tcp
 
 
 async def _listen_tcp(server: Server, address: Address | None) -> Address | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import SECONDS, Stripewell, gone
+from tests.cli.conftest import PROGRAM, SECONDS, Stripewell, gone
 
 nbd = pytest.importorskip("nbd", reason="needs python3-libnbd")
 
@@ -276,3 +276,54 @@ def test_devices_that_go_and_come_back_are_logged(tank: Stripewell) -> None:
     assert back < lines.index(f"stripewell: {name} has everything again")
     if any("is degraded" in line for line in lines):
         assert lines[-1] == "stripewell: pool tank is healthy again (it was degraded)"
+
+
+def test_socket_activation(tank: Stripewell) -> None:
+    """As systemd does it, with libnbd in its place: the socket is there before the daemon is."""
+    client = nbd.NBD()
+    client.set_export_name("vm1")
+    client.connect_systemd_socket_activation(
+        [*PROGRAM, "serve", "tank", "--state", str(tank.state)]
+    )
+    client.pwrite(b"activated", 0)
+    client.flush()
+    assert client.pread(9, 0) == b"activated"
+    # Nothing listens where it would have by itself.
+    assert not (tank.state / "run" / "tank.nbd.sock").exists()
+    said = json.loads(tank.ok("attach", "tank/vm1", "--json"))
+    assert "tank.nbd.sock" not in said["uris"][0]
+    client.shutdown()
+
+
+def test_tls(tank: Stripewell) -> None:
+    folder = tank.directory / "tls"
+    tank.ok("tls", "ca", str(folder))
+    tank.ok("tls", "server", str(folder), "--host", "localhost")
+    tank.ok("tls", "client", str(folder), "--name", "vmhost1")
+    allowed = tank.directory / "allowed"
+    allowed.write_text("vmhost1: vm*\n")
+    options = ("--tls", "required", "--tls-certificates", str(folder / "servers" / "localhost"))
+    daemon = tank.serve("tank", *options, "--tls-verify-clients", "--tls-allow", str(allowed),
+                        "--tcp", "127.0.0.1:0")  # fmt: skip
+    assert "nbds+unix://" in daemon.ready
+    port = daemon.ready.rpartition("nbds://127.0.0.1:")[2].partition("/")[0]
+    client = nbd.NBD()
+    client.set_tls(nbd.TLS_REQUIRE)
+    client.set_tls_certificates(str(folder / "clients" / "vmhost1"))
+    client.set_export_name("vm1")
+    client.connect_tcp("localhost", port)
+    client.pwrite(b"secret", 0)
+    assert client.pread(6, 0) == b"secret"
+    client.shutdown()
+    with pytest.raises(nbd.Error, match="TLS"):
+        connect(daemon.socket)
+    said = json.loads(tank.ok("attach", "tank/vm1", "--json"))
+    assert any(text.startswith("tls-creds-x509,") for text in said["qemu"])
+    assert 'tls="yes"' in said["libvirt"]
+
+
+def test_tls_options_that_do_not_fit(tank: Stripewell) -> None:
+    assert "needs --tls-certificates" in tank.refused("serve", "tank", "--tls", "required")
+    folder = str(tank.directory)
+    line = tank.refused("serve", "tank", "--tls", "allowed", "--tls-certificates", folder)
+    assert "has no server-cert.pem" in line
