@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from nbd_server.buffers import Budget
 from nbd_server.counters import Counters
 from nbd_server.export import Export
-from nbd_server.handshake import Exports
+from nbd_server.handover import Handed
+from nbd_server.handshake import Agreement, Exports
 from nbd_server.limits import Limits
+from nbd_server.replies import Framing
 from nbd_server.session import Session, Shared
 from nbd_server.tls import Stream, Tls
 from nbd_server.transmission import buffer_pool
@@ -45,6 +47,8 @@ _ACCEPT_PAUSE = 1.0
 _SWEEP_SECONDS = 1.0
 #: How long cancelled requests may take to return when the server stops.
 _UNWIND_SECONDS = 1.0
+#: How often it is seen whether all connections are between two requests.
+_QUIET_STEP = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +189,22 @@ class Server:
         self._idle.clear()
         session.start()
 
+    def resume(self, handed: Handed) -> None:
+        """Go on with a connection of a predecessor. If its export is gone it is closed."""
+        export = self._shared.exports.get(handed.export)
+        if export is None:
+            handed.sock.close()
+            return
+        handed.sock.setblocking(False)
+        agreement = Agreement(
+            export, Framing(handed.structured, handed.extended), handed.contexts, handed.alignment
+        )
+        self.counters.connections += 1
+        session = Session(handed.sock, handed.peer, self._shared)
+        self._sessions[session] = None
+        self._idle.clear()
+        session.resume(agreement, handed.kept)
+
     # --- sessions ------------------------------------------------------------------------------
 
     def drop_export(self, name: str) -> None:
@@ -222,18 +242,37 @@ class Server:
             else:
                 self._stalled[session] = stalled
 
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            self._loop.remove_reader(listener.sock)
+            listener.sock.close()
+            _remove_own(listener)
+        self._listeners.clear()
+
     # --- the end -------------------------------------------------------------------------------
+
+    async def hand_over(self, grace_seconds: float) -> list[Handed]:
+        """Accept no more, finish requests in flight for at most `grace_seconds`, and give away the
+        connections. Those that cannot be (in negotiation, with TLS, not quiet in time) are closed.
+        """
+        self._stop_listening()
+        for session in list(self._sessions):
+            session.pause()
+        for _ in range(int(grace_seconds / _QUIET_STEP)):
+            # Without a transmission phase, or with TLS, they never will be.
+            if all(s.quiet or s.export is None or s.secured for s in self._sessions):
+                break
+            await asyncio.sleep(_QUIET_STEP)
+        handed = [session.detach() for session in list(self._sessions) if session.quiet]
+        await self.stop(0)
+        return handed
 
     async def stop(self, grace_seconds: float) -> None:
         """Accept no more, finish requests in flight for at most `grace_seconds`, close.
 
         Nobody is told ESHUTDOWN: clients see a lost connection and may reconnect to a successor."""
         self._sweeper.cancel()
-        for listener in self._listeners:
-            self._loop.remove_reader(listener.sock)
-            listener.sock.close()
-            _remove_own(listener)
-        self._listeners.clear()
+        self._stop_listening()
         for session in list(self._sessions):
             session.finish()
         try:

@@ -10,6 +10,7 @@ Invariants:
 * After `close` nothing of this connection reaches the export: its tasks are cancelled (R8).
 * Shared and pooled buffers are used within a turn; what outlives it is a copy or an own buffer.
 * `finish` answers what is in flight and closes; it never answers ESHUTDOWN. `expel` does.
+* `pause` answers what is in flight and takes no more; once `quiet`, the connection can be detached.
 
 Called by `server`, which owns what sessions share.
 """
@@ -27,7 +28,8 @@ from nbd_server.constants import CMD_FLAG_PAYLOAD_LEN, CMD_WRITE, EINVAL
 from nbd_server.counters import Counters
 from nbd_server.errors import ProtocolError
 from nbd_server.export import Export
-from nbd_server.handshake import GREETING, Exports, Handshake, Security
+from nbd_server.handover import Handed
+from nbd_server.handshake import GREETING, Agreement, Exports, Handshake, Security
 from nbd_server.limits import Limits
 from nbd_server.outbox import Outbox
 from nbd_server.requests import Request, parse
@@ -93,6 +95,7 @@ class Session:
         self.peer = peer
         self.closed = False
         self.finishing = False
+        self._paused = False
         self._expelled = False
         self._moved = True
         self._sock: Stream = sock
@@ -136,10 +139,48 @@ class Session:
         self._outbox.send(memoryview(GREETING))
         self._adjust()
 
+    def resume(self, agreement: Agreement, kept: bytes) -> None:
+        """Go on, instead of `start`, with a connection that a predecessor has negotiated."""
+        self._handshake = None
+        self._agree(agreement)
+        self._keep(memoryview(kept), more=bool(kept))
+        self._adjust()
+
+    def pause(self) -> None:
+        """Take no more requests; those in flight are answered."""
+        self._paused = True
+        self._adjust()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is between two requests, and can be handed over at all."""
+        busy = self._tasks or self._outbox.waiting or self._payload is not None
+        ready = self._transmission is not None and self._tls is None
+        return ready and not (busy or self.finishing or self.closed)
+
+    def detach(self) -> Handed:
+        """Give the connection away; it must be paused and quiet. The session is over."""
+        transmission, sock = self._transmission, self._sock
+        assert transmission is not None
+        assert isinstance(sock, socket.socket)
+        agreement, kept = transmission.agreement, bytes(self._kept)
+        copy = sock.dup()
+        self.close()
+        framing = agreement.framing
+        return Handed(
+            copy, self.peer, agreement.export.name, framing.structured, framing.extended,
+            dict(agreement.contexts), agreement.alignment, kept,
+        )  # fmt: skip
+
     @property
     def export(self) -> Export | None:
         """The export, once the transmission phase has begun."""
         return None if self._transmission is None else self._transmission.export
+
+    @property
+    def secured(self) -> bool:
+        """Whether it uses TLS."""
+        return self._tls is not None
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -226,6 +267,8 @@ class Session:
         if self._payload is not None:
             # Its memory is accounted for already; only the rest of it brings that back.
             return True
+        if self._paused:
+            return False
         limits = self._shared.limits
         if self._held >= limits.connection_bytes or len(self._tasks) >= limits.connection_requests:
             return False
@@ -338,13 +381,14 @@ class Session:
     def _enter(self, handshake: Handshake) -> None:
         assert handshake.outcome is not None
         self._handshake = None
-        shared = self._shared
-        self._transmission = Transmission(
-            handshake.outcome, shared.limits, shared.counters, shared.buffers
-        )
+        self._agree(handshake.outcome)
         if self._deadline is not None:
             self._deadline.cancel()
-        self._shared.entered(self)
+
+    def _agree(self, agreement: Agreement) -> None:
+        shared = self._shared
+        self._transmission = Transmission(agreement, shared.limits, shared.counters, shared.buffers)
+        shared.entered(self)
 
     # --- TLS -------------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ class Transmission:
     def __init__(
         self, agreement: Agreement, limits: Limits, counters: Counters, pool: BufferPool
     ) -> None:
+        self.agreement = agreement
         self.export = agreement.export
         self.extended = agreement.framing.extended
         self._framing = agreement.framing

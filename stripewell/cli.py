@@ -339,6 +339,9 @@ async def _endpoints(state: State, record: PoolRecord, volume: str) -> Endpoints
     "--tls-allow", type=FILE, metavar="FILE", help="Volumes by subject: lines SUBJECT: VOLUME..."
 )
 @click.option("--read-only", is_flag=True, help="Change nothing; for a pool that lacks devices.")
+@click.option(
+    "--take-over", is_flag=True, help="Go on with the connections of the daemon that serves it now."
+)
 @state_option
 @click.pass_obj
 def serve(
@@ -352,6 +355,7 @@ def serve(
     tls_verify_clients: bool,
     tls_allow: Path | None,
     read_only: bool,
+    take_over: bool,
 ) -> None:
     """Serve a pool's volumes over NBD until SIGTERM or SIGINT."""
     record = state.record(name)
@@ -362,7 +366,7 @@ def serve(
     )
     socket = unix or parse_socket(str(state.nbd_socket(name)))
     listen = daemon.Listen(socket, tcp, http, policy)
-    daemon.serve(state, record, listen, read_only=read_only)
+    daemon.serve(state, record, listen, read_only=read_only, take_over=take_over)
 
 
 @cli.group("tls")

@@ -26,7 +26,8 @@ ELSEWHERE = "served by another process"
 class Controller:
     """Operations on one open pool. `dropped` is told the name of every volume that was deleted.
 
-    `elsewhere`: another process serves the pool, so that its state can't be told from here."""
+    `elsewhere`: another process serves the pool, so that its state can't be told from here.
+    `hand_over` is told the path of a successor's socket."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Controller:
         dropped: Callable[[str], None] = lambda name: None,
         *,
         elsewhere: bool = False,
+        hand_over: Callable[[str], None] | None = None,
     ) -> None:
         self._elsewhere = elsewhere
         self._pool = pool
@@ -50,6 +52,9 @@ class Controller:
             "volume.create": ({"name": str, "size": int}, self._create),
             "volume.delete": ({"name": str}, self._delete),
         }
+        if hand_over is not None:
+            self._hand_over_to = hand_over
+            self._operations["daemon.hand_over"] = ({"path": str}, self._hand_over)
 
     async def call(
         self, operation: str, args: Arguments | None = None, progress: Progress = no_progress
@@ -101,6 +106,9 @@ class Controller:
         await self._pool.create_volume(name, args["size"])
         volumes: list[dict[str, Any]] = await self._list({}, progress)
         return next(volume for volume in volumes if volume["name"] == name)
+
+    async def _hand_over(self, args: Arguments, progress: Progress) -> None:
+        self._hand_over_to(args["path"])
 
     async def _delete(self, args: Arguments, progress: Progress) -> None:
         name = check_name("volume", args["name"])

@@ -25,12 +25,13 @@ from pathlib import Path
 import uvloop
 
 from nbd_server.export import Export
+from nbd_server.handover import Handed
 from nbd_server.server import Server
 from nbd_server.tls import Tls
 from pool import Pool
 from pool.mover import InlineMover, ProcessMover
 from pool.words import counted
-from stripewell import systemd
+from stripewell import systemd, takeover
 from stripewell.control import ControlServer
 from stripewell.controller import Controller
 from stripewell.endpoints import Address, Endpoints
@@ -54,16 +55,68 @@ class Listen:
     tls: Tls | None = None
 
 
-def serve(state: State, record: PoolRecord, listen: Listen, *, read_only: bool = False) -> None:
-    """Serve a pool until a signal ends it. Raises `UserError`."""
+class _End:
+    """Why and how the daemon ends."""
+
+    def __init__(self) -> None:
+        self._reached = asyncio.Event()
+        #: Path of the socket of whoever goes on.
+        self.successor = ""
+        self.connections: list[Handed] = []
+
+    def on_signals(self) -> None:
+        """End at the first one. A second one has its default effect: the end at once."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            self._reached.set()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+
+    def for_successor(self, path: str) -> None:
+        """End, and hand over to the one that listens at `path`."""
+        self.successor = path
+        self._reached.set()
+
+    async def wait(self) -> None:
+        await self._reached.wait()
+
+    def hand_over(self) -> None:
+        """Send the connections to the successor, if there is one; the pool is closed by now."""
+        if not self.successor:
+            return
+        count = len(self.connections)
+        try:
+            takeover.give(self.successor, self.connections)
+        except OSError as error:
+            print(f"stripewell: the successor is gone: {one_line(error)}", file=sys.stderr)
+        else:
+            print(f"stripewell: handed over {counted(count, 'connection')}", flush=True)
+
+
+def serve(
+    state: State, record: PoolRecord, listen: Listen, *, read_only: bool = False,
+    take_over: bool = False,
+) -> None:  # fmt: skip
+    """Serve a pool until a signal or a successor ends it; `take_over` succeeds the daemon that
+    serves it now. Raises `UserError`."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(state, record, listen, read_only=read_only))
+        runner.run(_serve(state, record, listen, read_only=read_only, take_over=take_over))
 
 
-async def _serve(state: State, record: PoolRecord, listen: Listen, *, read_only: bool) -> None:
-    stopped = _stop_on_signals()
+async def _serve(
+    state: State, record: PoolRecord, listen: Listen, *, read_only: bool, take_over: bool
+) -> None:
+    end = _End()
+    end.on_signals()
     state.make_directories()
+    taken = await takeover.take(state, record) if take_over else []
     async with contextlib.AsyncExitStack() as stack:
+        # After everything else, the pool included.
+        stack.callback(end.hand_over)
         opened = await stack.enter_async_context(
             open_pool(
                 record,
@@ -80,8 +133,10 @@ async def _serve(state: State, record: PoolRecord, listen: Listen, *, read_only:
             lambda: [pool.volume(v.name) for v in pool.volumes()],
             tls=listen.tls,
         )
-        endpoints = await stack.enter_async_context(_listening(server, listen))
-        controller = Controller(pool, endpoints, server.drop_export)
+        endpoints = await stack.enter_async_context(_listening(server, listen, end))
+        for connection in taken:
+            server.resume(connection)
+        controller = Controller(pool, endpoints, server.drop_export, hand_over=end.for_successor)
         control = ControlServer(controller)
         stack.push_async_callback(control.stop)
         await control.start(state.control_socket(record.name))
@@ -91,7 +146,7 @@ async def _serve(state: State, record: PoolRecord, listen: Listen, *, read_only:
         count = counted(len(pool.volumes()), "volume")
         print(f"stripewell: serving {record.name} on {where} ({count})", flush=True)
         systemd.notify("READY=1")
-        await stopped.wait()
+        await end.wait()
         systemd.notify("STOPPING=1")
 
 
@@ -105,21 +160,6 @@ def _untold(pool: Pool, problems: list[str]) -> list[str]:
     return [problem for problem in problems if not any(problem in text for text in told)]
 
 
-def _stop_on_signals() -> asyncio.Event:
-    """Set by the first signal. A second one has its default effect: the end at once."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        stopped.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    return stopped
-
-
 def _lookup(pool: Pool, name: str) -> Export | None:
     try:
         return pool.volume(name)
@@ -128,8 +168,8 @@ def _lookup(pool: Pool, name: str) -> Export | None:
 
 
 @asynccontextmanager
-async def _listening(server: Server, listen: Listen) -> AsyncIterator[Endpoints]:
-    """The server on its sockets, stopped at the end."""
+async def _listening(server: Server, listen: Listen, end: _End) -> AsyncIterator[Endpoints]:
+    """The server on its sockets, stopped at the end; a successor gets its connections."""
     try:
         unix, tcp = _activated(server)
         if unix is None:
@@ -138,7 +178,10 @@ async def _listening(server: Server, listen: Listen) -> AsyncIterator[Endpoints]
         tcp = tcp or await _listen_tcp(server, listen.tcp)
         yield Endpoints(unix, tcp, listen.tls is not None and listen.tls.required)
     finally:
-        await server.stop(_GRACE_SECONDS)
+        if end.successor:
+            end.connections = await server.hand_over(_GRACE_SECONDS)
+        else:
+            await server.stop(_GRACE_SECONDS)
 
 
 def _activated(server: Server) -> tuple[str | None, Address | None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -327,3 +329,47 @@ def test_tls_options_that_do_not_fit(tank: Stripewell) -> None:
     folder = str(tank.directory)
     line = tank.refused("serve", "tank", "--tls", "allowed", "--tls-certificates", folder)
     assert "has no server-cert.pem" in line
+
+
+def test_a_successor_takes_over_live_connections(tank: Stripewell) -> None:
+    """A load that reconnects by no means goes on through three successors, without an error."""
+    first = tank.serve()
+    client = connect(first.socket)
+    stop, rounds, problems = threading.Event(), [0], list[Exception]()
+
+    def load() -> None:
+        rng = random.Random(3)
+        try:
+            while not stop.is_set():
+                at, data = rng.randrange(15 << 20), rng.randbytes(rng.choice((512, 9000, 300_000)))
+                client.pwrite(data, at)
+                assert client.pread(len(data), at) == data
+                rounds[0] += 1
+        except Exception as error:
+            problems.append(error)
+
+    worker = threading.Thread(target=load)
+    worker.start()
+    daemon = first
+    for _ in range(3):
+        seen = rounds[0]
+        successor = tank.serve("tank", "--take-over")
+        out, err = daemon.process.communicate(timeout=SECONDS)
+        assert (daemon.process.returncode, out, err) == (
+            0, "stripewell: handed over 1 connection\n", "",
+        )  # fmt: skip
+        daemon = successor
+        while rounds[0] < seen + 20 and not problems:
+            time.sleep(0.05)
+    stop.set()
+    worker.join()
+    assert not problems
+    client.flush()
+    client.shutdown()
+    assert tank.ok("pool", "check", "tank")
+    assert list(Path(tank.state / "run").glob("next-*")) == []
+
+
+def test_taking_over_from_nobody_is_a_start(tank: Stripewell) -> None:
+    daemon = tank.serve("tank", "--take-over")
+    assert connect(daemon.socket).pread(1, 0) == b"\0"
