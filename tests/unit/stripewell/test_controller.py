@@ -58,6 +58,7 @@ async def test_endpoints_of_a_daemon(pool: FakePool) -> None:
     assert await controller.call("pool.endpoints") == {
         "unix": "/s",
         "tcp": {"host": "::1", "port": 10809},
+        "tls": False,
     }
 
 
