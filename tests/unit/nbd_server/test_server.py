@@ -462,3 +462,41 @@ async def test_tcp() -> None:
     await server.stop(1)
     assert await client.ended()
     await client.close()
+
+
+async def test_extended_headers(start: Start) -> None:
+    world = await start()
+    client = await Client.ready(world.path, longer=True)
+    world.clients.append(client)
+    data = bytes(range(256)) * 2048
+    mark = {"flags": wire.PAYLOAD}
+    for payload in (data[:4096], data):
+        length = len(payload)
+        done = await client.ask(wire.WRITE, 1, offset=512, length=length, payload=payload, **mark)
+        assert done == wire.Answer(1)
+        assert (await client.ask(wire.READ, 2, offset=512, length=length)).data == payload
+    status = await client.ask(wire.STATUS, 3, offset=0, length=64 * MIB)
+    assert status.extents[0] == (len(data) + 4096, 0)
+    assert await client.ask(wire.ZEROES, 4, offset=0, length=64 * MIB) == wire.Answer(4)
+    assert await client.ask(wire.FLUSH, 5) == wire.Answer(5)
+
+
+@pytest.mark.parametrize("length", [8, 5000, 300_000])
+async def test_payloads_where_none_belong_are_refused_whole(start: Start, length: int) -> None:
+    """Their bytes are never taken for requests, and the connection goes on."""
+    world = await start()
+    client = await Client.ready(world.path, longer=True)
+    world.clients.append(client)
+    payload = (wire.extended(wire.DISC) * (length // 32 + 1))[:length]
+    for kind in (wire.READ, wire.FLUSH, wire.TRIM, wire.CACHE, wire.ZEROES, 77):
+        answer = await client.ask(kind, kind, length=length, flags=wire.PAYLOAD, payload=payload)
+        assert (answer.cookie, answer.error) == (kind, errno.EINVAL)
+    assert (await client.ask(wire.READ, 9, length=4)).data == bytes(4)
+
+
+async def test_an_endless_payload_ends_the_connection(start: Start) -> None:
+    world = await start()
+    client = await Client.ready(world.path, longer=True)
+    world.clients.append(client)
+    client.send(wire.extended(wire.TRIM, 1, 0, 1 << 62, wire.PAYLOAD))
+    assert await client.ended()

@@ -241,6 +241,8 @@ class Client:
         self.writer = writer
         self.reads: dict[int, int] = {}
         self._inbound = bytearray()
+        #: Whether extended headers were negotiated.
+        self.longer = False
 
     @classmethod
     async def connect(cls, where: str | int) -> Client:
@@ -250,12 +252,16 @@ class Client:
         return cls(*await asyncio.open_unix_connection(where, limit=1 << 26))
 
     @classmethod
-    async def ready(cls, where: str | int, name: str = "vol", *, structured: bool = True) -> Client:
+    async def ready(
+        cls, where: str | int, name: str = "vol", *, structured: bool = True, longer: bool = False
+    ) -> Client:
         """Connected, negotiated and in the transmission phase."""
         client = await cls.connect(where)
         await client.greet()
         if structured:
-            client.send(option(STRUCTURED) + option(SET_META, meta(name, "base:allocation")))
+            client.longer = longer
+            client.send(option(EXTENDED if longer else STRUCTURED))
+            client.send(option(SET_META, meta(name, "base:allocation")))
             while (await client.option_reply())[:2] != (SET_META, ACK):
                 pass
         client.send(option(GO, info(name)))
@@ -290,7 +296,8 @@ class Client:
     async def ask(self, kind: int, cookie: int = 1, **fields: Any) -> Answer:
         if kind == READ:
             self.reads[cookie] = fields.get("length", 0)
-        self.send(request(kind, cookie, **fields))
+        encode = extended if self.longer else request
+        self.send(encode(kind, cookie, **fields))
         return await self.answer()
 
     async def ended(self) -> bool:
