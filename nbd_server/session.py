@@ -162,7 +162,7 @@ class Session:
         """Give the connection away; it must be paused and quiet. The session is over."""
         transmission, sock = self._transmission, self._sock
         assert transmission is not None
-        assert isinstance(sock, socket.socket)
+        assert not isinstance(sock, TlsSocket)
         agreement, kept = transmission.agreement, bytes(self._kept)
         copy = sock.dup()
         self.close()

@@ -161,6 +161,13 @@ async def cable(stage: Stage, port: NbdPort, rng: Random) -> None:
             port.babble(rng)
 
 
+async def upgrade(stage: Stage, port: NbdPort, rng: Random) -> None:
+    """Servers follow each other, with the connections they have."""
+    for _ in range(stage.options.upgrades):
+        await asyncio.sleep(rng.random() * stage.options.latency * 60)
+        await port.succeed(stage.rig.serve)
+
+
 async def mischief(stage: Stage, rng: Random, names: Sequence[str]) -> None:
     """Faults on these devices."""
     for _ in range(stage.options.faults_per_life if names else 0):

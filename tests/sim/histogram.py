@@ -39,6 +39,7 @@ RARE_IN_LIVES: Mapping[str, str] = {
     "refused_full": "writes refused by a full pool",
     "cut_with_requests": "connections cut with requests under way",
     "resent": "requests sent again",
+    "handed_over": "connections handed to a successor",
     "fua_writes": "writes with FUA",
     "shut_down": "requests of deleted volumes",
     "babblers": "strangers that talked nonsense",

@@ -27,6 +27,7 @@ class SimSocket:
         self._scheduled = False
         self.inbound = bytearray()
         self.closed = False
+        self._duplicated = False
 
     # -- what the loop calls -------------------------------------------------------------------
 
@@ -67,6 +68,9 @@ class SimSocket:
     def setblocking(self, wanted: bool) -> None:
         assert not wanted
 
+    def fileno(self) -> int:
+        return -1 if self.closed else 0
+
     def recv_into(self, into: memoryview) -> int:
         if self._link.broken:
             raise ConnectionResetError("the client has gone (simulated)")
@@ -85,10 +89,18 @@ class SimSocket:
     def sendmsg(self, buffers: Sequence[memoryview]) -> int:
         return self._link.deliver(b"".join(buffers))
 
+    def dup(self) -> SimSocket:
+        """Another handle, on which the connection goes on when this one is closed."""
+        self._duplicated = True
+        copy = self._link.socket = SimSocket(self._link)
+        copy.inbound = self.inbound
+        return copy
+
     def close(self) -> None:
         self.closed = True
         self._reader = self._writer = None
-        self._link.server_closed()
+        if not self._duplicated:
+            self._link.server_closed()
 
 
 class Link:

@@ -70,6 +70,8 @@ class Options:
     babble: bool
     operator: int
     beyond: bool
+    #: How often another server goes on with the connections.
+    upgrades: int
 
 
 def draw(seed: int) -> Options:
@@ -109,4 +111,5 @@ def draw(seed: int) -> Options:
         babble=rng.random() < 0.3,
         operator=rng.choice((0, 2, 4)),
         beyond=rng.random() < 0.25,
+        upgrades=rng.choice((0, 0, 1, 4)),
     )

@@ -106,6 +106,9 @@ class NbdPort:
         connections: int,
     ) -> None:
         self._server = server
+        #: Nobody can connect while one server follows another.
+        self._listening = asyncio.Event()
+        self._listening.set()
         self._rng = rng
         self._latency = latency
         self._buffer = buffer
@@ -143,6 +146,18 @@ class NbdPort:
                     break
         return []
 
+    async def succeed(self, successor: Callable[[], Server]) -> None:
+        """Another server goes on with the connections."""
+        self._listening.clear()
+        try:
+            handed = await self._server.hand_over(ANSWER_SECONDS)
+            self._server = successor()
+            for connection in handed:
+                self._server.resume(connection)
+            self._events["handed_over"] += len(handed)
+        finally:
+            self._listening.set()
+
     def cut(self, rng: Random) -> None:
         """Lose one connection, most likely one with requests under way."""
         live = [one for known in self._open.values() for one in known if not one.lost]
@@ -155,6 +170,8 @@ class NbdPort:
 
     def babble(self, rng: Random) -> None:
         """Somebody connects and talks nonsense; that is his connection's end, and nobody else's."""
+        if not self._listening.is_set():
+            return
         self._events["babblers"] += 1
         stranger = Connection(self._server, rng, self._latency, self._buffer, self._alive, "")
         stranger.garbage(rng.randbytes(rng.randrange(1, 300)))
@@ -182,6 +199,7 @@ class NbdPort:
         raise AssertionError(f"{RESENDS} connections to {name} were lost one after the other")
 
     async def _connection(self, name: str) -> Connection:
+        await self._listening.wait()
         known = [one for one in self._open.get(name, ()) if not one.lost]
         if len(known) < self._wanted and (not known or self._rng.random() < 0.5):
             one = Connection(

@@ -27,7 +27,7 @@ from typing import Any
 from backends.fault_script import OPERATIONS, READS, WRITES, Fail, Rule, Vanish
 from pool.errors import PoolError, PoolFull
 
-from .actors import Stage, cable, mischief, operator, rot, user
+from .actors import Stage, cable, mischief, operator, rot, upgrade, user
 from .audit import check_accounts, check_stores, contents
 from .clients import BLOCK_SECTORS, Client
 from .devices import Crash
@@ -154,6 +154,7 @@ class _Run:
                 group.create_task(work)
             group.create_task(operator(stage, client, self.fork()))
             group.create_task(cable(stage, port, self.fork()))
+            group.create_task(upgrade(stage, port, self.fork()))
             group.create_task(mischief(stage, self.fork(), targets))
 
     def fork(self) -> Random:
