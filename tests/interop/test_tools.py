@@ -41,14 +41,14 @@ def image(tmp_path: Path) -> Path:
 def test_nbdinfo_sees_what_is_offered(served: Served) -> None:
     (export,) = json.loads(run("nbdinfo", "--json", served.uri))["exports"]
     assert export["export-size"] == SIZE
-    assert export["contexts"] == ["base:allocation", "test:written"]
+    assert export["contexts"] == ["base:allocation", *served.contexts]
     wanted = ["cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero"]
     assert all(export[f"can_{name}"] for name in wanted)
     sizes = [export[f"block_size_{name}"] for name in ("minimum", "preferred", "maximum")]
     assert sizes == [1, 4096, 32 << 20]
     listed = json.loads(run("nbdinfo", "--json", "--list", served.tcp_uri))
-    assert [e["export-name"] for e in listed["exports"]] == ["memory"]
-    assert listed["exports"][0]["description"] == "a volume in memory"
+    assert [e["export-name"] for e in listed["exports"]] == [served.name]
+    assert listed["exports"][0]["description"] == served.description
 
 
 def test_nbdinfo_refuses_an_unknown_export(served: Served) -> None:
@@ -67,6 +67,10 @@ def test_qemu_img_copies_in_and_out(served: Served, image: Path, tmp_path: Path)
     assert "identical" in run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, out)
     extents = json.loads(run("qemu-img", "map", "-f", "raw", "--output=json", served.uri))
     assert {extent["data"] for extent in extents} == {True, False}
+    data = image.read_bytes()
+    for extent in extents:
+        part = data[extent["start"] : extent["start"] + extent["length"]]
+        assert not extent["zero"] or not any(part)
     assert sum(extent["length"] for extent in extents) == SIZE
 
 
@@ -119,7 +123,7 @@ def test_nbdkit_passes_everything_through(served: Served, image: Path) -> None:
 
 def test_nbd_client_lists_exports(served: Served) -> None:
     listed = run("nbd-client", "-l", "127.0.0.1", "-p", str(served.port))
-    assert "memory" in listed.split()
+    assert f"{served.name}: {served.description}" in listed
 
 
 def test_fio_verifies(served: Served, tmp_path: Path) -> None:
