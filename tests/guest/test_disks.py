@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -104,10 +105,10 @@ def data_bytes(site: Deployment, volume: str) -> int:
     return sum(extent["length"] for extent in mapped(site, volume) if extent["data"])
 
 
-def mapped(site: Deployment, volume: str) -> list[dict[str, int]]:
+def mapped(site: Deployment, volume: str) -> list[dict[str, Any]]:
     command = ["qemu-img", "map", "--output=json", "-f", "raw", site.uri(volume)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    extents: list[dict[str, int]] = json.loads(done.stdout)
+    extents: list[dict[str, Any]] = json.loads(done.stdout)
     return extents
 
 
@@ -156,31 +157,32 @@ def test_kills_go_unnoticed_on_every_bus(guest: Guest, site: Deployment) -> None
     """P1: SIGKILL while all disks have requests in flight: these wait for the next daemon."""
     guest.check(SCRIPTS)
     disks = [disk_name(guest, bus) for bus in BUSES]
-    jobs = [guest.start(f"sh /bin/load {disk}") for disk in disks]
+    jobs = {disk: guest.start(f"sh /bin/load {disk}") for disk in disks}
     rng = Random(70)
     for _ in range(KILLS):
-        await_pieces(guest, disks, PIECES)
+        await_pieces(guest, jobs, PIECES)
         time.sleep(rng.uniform(0, 0.5))
         assert site.kill() == []
-        wait_until(lambda: all(waiting(guest, disk) for disk in disks), 10, what="requests wait")
+        wait_until(lambda: all(waiting(guest, disk) for disk in jobs), 10, what="requests wait")
         site.serve()
-    await_pieces(guest, disks, PIECES)
+    await_pieces(guest, jobs, PIECES)
     guest.check("touch /run/stop")
-    for disk, job in zip(disks, jobs, strict=True):
+    for disk, job in jobs.items():
         assert guest.finish(job) == (0, "")
         guest.check(f"sh /bin/again {disk}")
     assert guest.troubles() == []
 
 
-def await_pieces(guest: Guest, disks: list[str], count: int) -> None:
+def await_pieces(guest: Guest, jobs: dict[str, str], count: int) -> None:
     """Return when every disk has so many more."""
-    goals = {disk: written(guest, disk) + count for disk in disks}
-    wait_until(
-        lambda: all(written(guest, disk) >= goal for disk, goal in goals.items()),
-        60,
-        0.1,
-        what=f"{count} pieces are written and verified on each disk",
-    )
+    goals = {disk: written(guest, disk) + count for disk in jobs}
+
+    def reached() -> bool:
+        for disk, job in jobs.items():
+            assert not guest.poll(job), f"{disk}: {guest.finish(job)[1]}"
+        return all(written(guest, disk) >= goal for disk, goal in goals.items())
+
+    wait_until(reached, 60, 0.1, what=f"{count} pieces are written and verified on each disk")
 
 
 def written(guest: Guest, disk: str) -> int:

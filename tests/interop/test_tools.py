@@ -38,6 +38,11 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+def soil(served: Served) -> None:
+    """Leave no hole, so that what a copy does not zero shows."""
+    run("qemu-io", "-f", "raw", "-c", f"write -P 1 0 {SIZE}", served.uri)
+
+
 def test_nbdinfo_sees_what_is_offered(served: Served) -> None:
     (export,) = json.loads(run("nbdinfo", "--json", served.uri))["exports"]
     assert export["export-size"] == SIZE
@@ -60,6 +65,7 @@ def test_nbdinfo_refuses_an_unknown_export(served: Served) -> None:
 
 
 def test_qemu_img_copies_in_and_out(served: Served, image: Path, tmp_path: Path) -> None:
+    soil(served)
     run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", image, served.uri)
     assert "identical" in run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, served.uri)
     out = tmp_path / "out.raw"
@@ -75,6 +81,7 @@ def test_qemu_img_copies_in_and_out(served: Served, image: Path, tmp_path: Path)
 
 
 def test_nbdcopy_uses_several_connections(served: Served, image: Path, tmp_path: Path) -> None:
+    soil(served)
     run("nbdcopy", "--flush", "--connections=4", image, served.uri)
     out = tmp_path / "out.raw"
     run("nbdcopy", "--connections=4", served.uri, out)
@@ -116,6 +123,7 @@ def test_qemu_io_is_told_that_an_export_is_read_only(frozen: Served) -> None:
 
 
 def test_nbdkit_passes_everything_through(served: Served, image: Path) -> None:
+    soil(served)
     nbdkit = ["--exit-with-parent", "-U", "-", "nbd", served.uri, "--run"]
     copy = f"nbdcopy --flush {image} $uri && nbdcopy $uri - | cmp - {image}"
     run("nbdkit", *nbdkit, copy)
