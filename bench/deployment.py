@@ -13,6 +13,7 @@ Called by `demo`, the measurements and `tests/guest`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -142,7 +143,20 @@ class Deployment:
         """The NBD URI of a volume."""
         return f"nbd+unix:///{volume}?socket={self.socket}"
 
-    def serve(self, timeout: float = 60, program: Sequence[str] | None = None) -> float:
+    @property
+    def tcp_port(self) -> int:
+        """Where the daemon listens on loopback, if it was told to."""
+        found = re.findall(r" nbd://127\.0\.0\.1:(\d+)/", self.log.read_text())
+        if not found:
+            raise CommandFailed("the daemon does not listen on TCP")
+        return int(found[-1])
+
+    def serve(
+        self,
+        timeout: float = 60,
+        program: Sequence[str] | None = None,
+        options: Sequence[str] = (),
+    ) -> float:
         """Start the daemon, as `program` if given; seconds until it said that it serves. Raises
         `CommandFailed`."""
         said = self.log.stat().st_size if self.log.exists() else 0
@@ -150,7 +164,7 @@ class Deployment:
         started = time.monotonic()
         with self.log.open("ab") as log:
             self._daemon = subprocess.Popen(
-                [*command, "--unix", str(self.socket)],
+                [*command, "--unix", str(self.socket), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

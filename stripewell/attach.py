@@ -1,7 +1,7 @@
 """The lines to paste for QEMU, libvirt and nbd-client. Pure text; called by the CLI.
 
-* reconnect-delay: QEMU retries about 0, 1, 3, 7, 15 and 31 s after a loss; with 30 an outage of 16
-  s already gives the guest an I/O error, so 60. Without it every restart of the daemon is an
+* reconnect-delay: QEMU retries about 0, 1, 3, 7, 15, 31 and 47 s after a loss; with 30 an outage of
+  16 s already gives the guest an I/O error, so 60. Without it every restart of the daemon is an
   error.
 * werror/rerror=stop: an error pauses the guest instead of reaching its file system; `cont` retries.
 * discard=unmap on both nodes: either one alone drops the guest's TRIM.

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 venv=.venv
 stamp=$venv/.ready
-tools=(qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd libisal2 fio nbd-client
+tools=(qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd libisal2 fio nbd-client socat
        linux-image-cloud-amd64 busybox-static e2fsprogs xfsprogs cpio
        btrfs-progs dosfstools gdisk)
 apt_updated=

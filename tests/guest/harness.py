@@ -19,17 +19,20 @@ import shutil
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from .buses import VIRTIO_BLK, Bus
 from .initramfs import MissingParts, build, find_kernel
 from .qmp import Qmp
 
 #: What the kernel or a file system says when a disk failed it.
 TROUBLE = re.compile(
     r"I/O error|critical (medium|target|space)|EXT4-fs (error|warning)|XFS .*(error|corrupt|shut)"
-    r"|JBD2.*error|Remounting filesystem read-only|blocked for more than|Kernel panic|Call Trace",
+    r"|JBD2.*error|Remounting filesystem read-only|blocked for more than|Kernel panic|Call Trace"
+    r"|exception Emask|hard resetting|nvme.*timeout|nbd\d.*(failed|timed out|error)",
     re.IGNORECASE,
 )
 
@@ -48,33 +51,49 @@ class Disk:
     socket: Path
     export: str
     reconnect_delay: int = 60
-    #: virtio-blk's policies; None leaves QEMU's defaults (stop on ENOSPC, report the rest).
+    #: The device's policies; None leaves QEMU's defaults (stop on ENOSPC, report the rest).
     write_errors: str | None = None
     read_errors: str | None = None
+    bus: Bus = VIRTIO_BLK
 
     def arguments(self, index: int) -> list[str]:
-        """The QEMU options that attach it; the guest sees /dev/vda for index 0."""
-        device = f"virtio-blk-pci,drive=disk{index},id=virtio{index}"
-        device += f",werror={self.write_errors}" if self.write_errors else ""
-        device += f",rerror={self.read_errors}" if self.read_errors else ""
+        """The QEMU options that attach it; on virtio-blk the guest sees /dev/vda for index 0."""
+        policy = f",werror={self.write_errors}" if self.write_errors else ""
+        policy += f",rerror={self.read_errors}" if self.read_errors else ""
         return [
             "-blockdev",
             f"driver=nbd,node-name=nbd{index},server.type=unix,server.path={self.socket},"
             f"export={self.export},reconnect-delay={self.reconnect_delay},discard=unmap",
             "-blockdev",
             f"driver=raw,node-name=disk{index},file=nbd{index},discard=unmap",
-            "-device",
-            device,
+            *self.bus.arguments(f"disk{index}", policy),
         ]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a guest has besides its disks."""
+
+    modules: tuple[str, ...] = ()
+    #: Programs of the host, each with the package it is from.
+    tools: Mapping[str, str] = field(default_factory=dict)
+    #: For QEMU, as they are.
+    arguments: tuple[str, ...] = ()
+
+
+NOTHING = Extras()
 
 
 class Guest:
     """One QEMU process. `folder` receives its sockets, console log and initial RAM disk."""
 
-    def __init__(self, folder: Path, *disks: Disk, memory_mib: int = 512) -> None:
+    def __init__(
+        self, folder: Path, *disks: Disk, memory_mib: int = 512, extras: Extras = NOTHING
+    ) -> None:
         self.folder = folder
         self.disks = disks
         self.memory_mib = memory_mib
+        self.extras = extras
         self._ids = itertools.count(1)
         self._buffer = b""
         self._process: subprocess.Popen[bytes] | None = None
@@ -214,7 +233,8 @@ class Guest:
         if qemu is None:
             raise MissingParts("qemu-system-x86_64 is not installed: apt install qemu-system-x86")
         kernel, ramdisk = find_kernel(), self.folder / "initramfs.cpio"
-        build(ramdisk, kernel)
+        modules = [module for disk in self.disks for module in disk.bus.modules]
+        build(ramdisk, kernel, (*modules, *self.extras.modules), self.extras.tools)
         machine = "-nodefaults -no-user-config -display none -no-reboot -machine q35"
         speed = f"-accel tcg,thread=multi -cpu max -smp 2 -m {self.memory_mib}"
         arguments = [qemu, *machine.split(), *speed.split()]
@@ -226,7 +246,7 @@ class Guest:
         arguments += ["-qmp", f"unix:{self.folder / 'qmp.sock'}"]
         for index, disk in enumerate(self.disks):
             arguments += disk.arguments(index)
-        return arguments
+        return [*arguments, *self.extras.arguments]
 
     def _accept(self, listener: socket.socket, deadline: float) -> socket.socket:
         """QEMU's connection, which it makes as it starts."""

@@ -14,9 +14,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 #: Loaded in this order, each after what `modules.dep` says it needs.
 MODULES = (
@@ -29,7 +30,14 @@ MODULES = (
     "xfs",
 )
 
-TOOLS = ("mkfs.ext4", "fsck.ext4", "mkfs.xfs", "xfs_repair")
+#: Programs and their packages. What busybox has as well, its shell takes from here only by path.
+TOOLS = {
+    "mkfs.ext4": "e2fsprogs",
+    "fsck.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "xfs_repair": "xfsprogs",
+    "blkdiscard": "util-linux",
+}
 
 #: PID 1. The console gets the kernel's messages, the virtio port belongs to the agent.
 INIT = """#!/bin/busybox sh
@@ -86,30 +94,38 @@ def _version(image: Path) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", image.name))
 
 
-def build(target: Path, kernel: Kernel) -> None:
-    """Write the archive to `target`. Raises `MissingParts`."""
-    busybox = _find("busybox", "busybox-static")
+def build(
+    target: Path,
+    kernel: Kernel,
+    modules: Iterable[str] = (),
+    tools: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write the archive to `target`, with modules and tools besides the usual ones.
+
+    Raises `MissingParts`.
+    """
+    busybox = find_program("busybox", "busybox-static")
     if _libraries(busybox):
         raise MissingParts("busybox needs shared libraries: apt install busybox-static")
-    modules = list(_load_order(kernel.modules))
+    files = list(_load_order(kernel.modules, (*MODULES, *modules)))
     archive = Archive()
     for folder in ("proc", "sys", "dev", "run", "etc", "mnt"):
         archive.folder(folder)
     archive.file("init", INIT.encode(), 0o755)
     archive.file("agent", AGENT.encode())
     archive.file("bin/busybox", busybox.read_bytes(), 0o755)
-    for module in modules:
+    for module in files:
         archive.file(f"lib/modules/{_plain_name(module)}", _unpacked(kernel.modules / module))
-    order = "".join(f"/lib/modules/{_plain_name(module)}\n" for module in modules)
+    order = "".join(f"/lib/modules/{_plain_name(module)}\n" for module in files)
     archive.file("lib/modules.order", order.encode())
-    _add_tools(archive, TOOLS)
+    _add_tools(archive, {**TOOLS, **tools})
     target.write_bytes(archive.finish())
 
 
-def _add_tools(archive: Archive, tools: Iterable[str]) -> None:
+def _add_tools(archive: Archive, tools: Mapping[str, str]) -> None:
     libraries: set[Path] = set()
-    for tool in tools:
-        path = _find(tool, "e2fsprogs" if tool.endswith("ext4") else "xfsprogs")
+    for tool, package in tools.items():
+        path = find_program(tool, package)
         archive.file(f"sbin/{tool}", path.read_bytes(), 0o755)
         libraries |= _libraries(path)
     for library in sorted(libraries):
@@ -119,7 +135,8 @@ def _add_tools(archive: Archive, tools: Iterable[str]) -> None:
         archive.file("etc/mke2fs.conf", settings.read_bytes())
 
 
-def _find(tool: str, package: str) -> Path:
+def find_program(tool: str, package: str) -> Path:
+    """Where the host has it. Raises `MissingParts`, which names the package."""
     found = shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin")
     if found is None:
         raise MissingParts(f"{tool} is not installed: apt install {package}")
@@ -132,14 +149,14 @@ def _libraries(program: Path) -> set[Path]:
     return {Path(path) for path in re.findall(r"(/\S+) \(0x", listing)}
 
 
-def _load_order(modules: Path) -> Iterator[str]:
+def _load_order(modules: Path, names: Iterable[str] = MODULES) -> Iterator[str]:
     """Paths below `modules`, each once and after everything it depends on."""
     needs = dict(
         line.split(":", 1) for line in (modules / "modules.dep").read_text().splitlines() if line
     )
     paths = {Path(_plain_name(path)).stem.replace("-", "_"): path for path in needs}
     loaded: set[str] = set()
-    for name in MODULES:
+    for name in names:
         path = paths.get(name.replace("-", "_"))
         if path is None:  # built into the kernel
             continue
