@@ -176,6 +176,14 @@ class Deployment:
             time.sleep(0.01)
         return time.monotonic() - started
 
+    def take_over(self, options: Sequence[str] = ()) -> None:
+        """Start a successor that goes on with the daemon's connections; the daemon ends. Raises
+        `CommandFailed`."""
+        predecessor = self._daemon
+        self.serve(options=("--take-over", *options))
+        if predecessor is not None and predecessor.wait(60) != 0:
+            raise CommandFailed(f"the predecessor failed: {self.complaints()}")
+
     def kill(self) -> list[int]:
         """SIGKILL the daemon; ids of processes of its family that still run five seconds later."""
         members = family(self.pid)

@@ -108,6 +108,41 @@ def test_kernel_client(site: Deployment) -> None:
         guest.power_off()
 
 
+def test_kernel_client_does_not_notice_successors(site: Deployment) -> None:
+    """It survives no lost connection; two successors take over under its writers."""
+    with boot(site) as guest:
+        bring_up(guest)
+        port = site.tcp_port
+        guest.check(f"nbd-client -N kernel {HOST} {port} /dev/nbd0 -C 2")
+        guest.check("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt", 120)
+        script = (
+            "i=0; while [ ! -e /run/stop ]; do i=$((i+1));"
+            " dd if=/dev/urandom of=/mnt/$((i%8)) bs=64k count=8 conv=fsync 2>/dev/null || exit 1;"
+            " sha256sum /mnt/$((i%8)) >/run/sum.$((i%8)); echo $i >/run/rounds; done"
+        )
+        job = guest.start(script)
+        for _ in range(2):
+            wait_until(
+                lambda: int(guest.check("cat /run/rounds 2>/dev/null || echo 0")) > 2,
+                60,
+                what="load",
+            )
+            site.take_over(("--tcp", f"127.0.0.1:{port}"))
+            guest.check("rm /run/rounds; sleep 1")
+        wait_until(
+            lambda: int(guest.check("cat /run/rounds 2>/dev/null || echo 0")) > 2, 60, what="load"
+        )
+        guest.check("touch /run/stop")
+        assert guest.finish(job)[0] == 0
+        guest.check("umount /mnt && echo 3 >/proc/sys/vm/drop_caches && mount /dev/nbd0 /mnt")
+        guest.check("cat /run/sum.* >/run/sums && sha256sum -c /run/sums")
+        guest.check("umount /mnt && fsck.ext4 -fn /dev/nbd0", 120)
+        assert guest.troubles() == []
+        assert connections(guest) == 2
+        guest.check("nbd-client -d /dev/nbd0")
+        guest.power_off()
+
+
 def used_bytes(site: Deployment, volume: str) -> int:
     [used] = [v["used_bytes"] for v in site.query("volume", "list") if v["name"] == volume]
     return int(used)
