@@ -37,6 +37,8 @@ class TlsSocket:
     def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
         """Takes over `sock`, which must not be used any more. `handshake` comes first."""
         self.family = sock.family
+        #: Whether the handshake is over.
+        self.established = False
         self._tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
     def handshake(self) -> bool:
@@ -54,8 +56,6 @@ class TlsSocket:
             raise ProtocolError(f"no TLS: {_reason(error)}") from None
         self.established = True
         return True
-
-    established = False
 
     @property
     def subject(self) -> str | None:

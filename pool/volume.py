@@ -65,6 +65,11 @@ class Volume:
         self._map: LayerMap = engine.state.maps[entry.layer]
         self._piece = engine.piece_bytes
         self.closed = False
+        self._contexts: dict[str, Callable[[int], int]] = {
+            "base:allocation": _allocation,
+            "qemu:allocation-depth": _depth,
+            "stripewell:redundancy": self._redundancy,
+        }
 
     @property
     def name(self) -> str:
@@ -438,14 +443,6 @@ class Volume:
     def contexts(self) -> Sequence[str]:
         """What `extents` can tell besides base:allocation."""
         return tuple(self._contexts)[1:]
-
-    @property
-    def _contexts(self) -> dict[str, Callable[[int], int]]:
-        return {
-            "base:allocation": _allocation,
-            "qemu:allocation-depth": _depth,
-            "stripewell:redundancy": self._redundancy,
-        }
 
     def _redundancy(self, location: int) -> int:
         """How many more devices may be lost before what is there is."""

@@ -19,6 +19,9 @@ from stripewell.names import check_name
 
 Arguments = dict[str, Any]
 
+#: How a successor asks the daemon for its connections.
+HAND_OVER = "daemon.hand_over"
+
 #: The state of a pool whose devices another process has locked.
 ELSEWHERE = "served by another process"
 
@@ -54,7 +57,7 @@ class Controller:
         }
         if hand_over is not None:
             self._hand_over_to = hand_over
-            self._operations["daemon.hand_over"] = ({"path": str}, self._hand_over)
+            self._operations[HAND_OVER] = ({"path": str}, self._hand_over)
 
     async def call(
         self, operation: str, args: Arguments | None = None, progress: Progress = no_progress

@@ -92,7 +92,7 @@ class State:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
     def _path(self, name: str) -> Path:
         return self.root / "pools" / f"{check_name('pool', name)}.json"
@@ -112,7 +112,8 @@ def _load(path: Path) -> PoolRecord:
     return record
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

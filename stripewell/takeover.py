@@ -20,12 +20,12 @@ from pathlib import Path
 
 from nbd_server.handover import Handed, receive, send
 from stripewell.control import ControlClient
+from stripewell.controller import HAND_OVER
 from stripewell.errors import UserError, one_line
 from stripewell.state import PoolRecord, State
 
 #: How long a predecessor may take: requests in flight, a checkpoint, closing the devices.
 TAKEOVER_SECONDS = 120.0
-OPERATION = "daemon.hand_over"
 
 
 async def take(state: State, record: PoolRecord) -> list[Handed]:
@@ -36,7 +36,7 @@ async def take(state: State, record: PoolRecord) -> list[Handed]:
         return []
     with _listener(state) as (listener, path):
         try:
-            await client.call(OPERATION, {"path": str(path)})
+            await client.call(HAND_OVER, {"path": str(path)})
         finally:
             await client.close()
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stripewell.certificates.making import UNREADABLE, Credentials, load_credentials
 from stripewell.errors import UserError, one_line
+from stripewell.state import sync_directory
 
 CA_CERTIFICATE = "ca-cert.pem"
 CA_KEY = "ca-key.pem"
@@ -74,11 +75,11 @@ def write(folder: Path, files: Mapping[str, bytes], *, force: bool) -> None:
         try:
             for name, content in files.items():
                 _write_file(staged / name, content)
-            _sync(staged)
+            sync_directory(staged)
             _publish(staged, folder, force=force)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        _sync(folder.parent)
+        sync_directory(folder.parent)
     except OSError as error:
         raise UserError(
             f"{folder}: {error.strerror}: see to room and permissions there, or choose another DIR"
@@ -96,7 +97,7 @@ def _publish(staged: Path, folder: Path, *, force: bool) -> None:
     folder.chmod(0o700)
     for path in staged.iterdir():
         path.replace(folder / path.name)
-    _sync(folder)
+    sync_directory(folder)
 
 
 def _reason(error: Exception) -> str:
@@ -110,11 +111,3 @@ def _write_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

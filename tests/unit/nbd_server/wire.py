@@ -6,6 +6,7 @@ Written independently of the server's encoders, so that a mistake there is not m
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import struct
 from dataclasses import dataclass, field
@@ -61,21 +62,15 @@ def request(
     length: int = 0,
     flags: int = 0,
     payload: bytes = b"",
+    *,
+    longer: bool = False,
 ) -> bytes:
-    header = struct.pack(">IHHQQI", 0x25609513, flags, kind, cookie, offset, length)
-    return header + payload
+    """A request; `longer` is one with an extended header."""
+    layout, magic = (">IHHQQQ", 0x21E41C71) if longer else (">IHHQQI", 0x25609513)
+    return struct.pack(layout, magic, flags, kind, cookie, offset, length) + payload
 
 
-def extended(
-    kind: int,
-    cookie: int = 1,
-    offset: int = 0,
-    length: int = 0,
-    flags: int = 0,
-    payload: bytes = b"",
-) -> bytes:
-    header = struct.pack(">IHHQQQ", 0x21E41C71, flags, kind, cookie, offset, length)
-    return header + payload
+extended = functools.partial(request, longer=True)
 
 
 def write(cookie: int, offset: int, payload: bytes, flags: int = 0) -> bytes:
@@ -296,8 +291,7 @@ class Client:
     async def ask(self, kind: int, cookie: int = 1, **fields: Any) -> Answer:
         if kind == READ:
             self.reads[cookie] = fields.get("length", 0)
-        encode = extended if self.longer else request
-        self.send(encode(kind, cookie, **fields))
+        self.send(request(kind, cookie, longer=self.longer, **fields))
         return await self.answer()
 
     async def ended(self) -> bool:

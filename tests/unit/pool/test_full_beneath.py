@@ -8,6 +8,7 @@ import errno
 
 from backends.base import BLOCK_SIZE
 from backends.fault_script import Fail, Rule
+from pool import Pool
 from pool.errors import PoolFull
 from pool.volume import Volume
 from tests.sim.loop import run
@@ -24,6 +25,17 @@ def full(disk: Disk, start: int) -> None:
     disk.script.add(Rule(frozenset({"write"}), Fail(errno.ENOSPC), times=None, within=within))
 
 
+async def cramped() -> tuple[list[Disk], Pool]:
+    """A pool with a large volume `v`, and storage for half of its devices."""
+    disks = make_disks(4, 4 * MIB)
+    await make_pool(disks, 2, 1, journal=MIB)
+    pool = await open_pool(disks)
+    await pool.create_volume("v", 64 * MIB)
+    for disk in disks:
+        full(disk, 2 * MIB)
+    return disks, pool
+
+
 async def fill(volume: Volume) -> int:
     """Write until the pool is full; returns the bytes written."""
     written = 0
@@ -36,12 +48,7 @@ async def fill(volume: Volume) -> int:
 
 def test_a_write_gets_enospc_and_everything_else_goes_on() -> None:
     async def scenario() -> None:
-        disks = make_disks(4, 4 * MIB)
-        await make_pool(disks, 2, 1, journal=MIB)
-        pool = await open_pool(disks)
-        await pool.create_volume("v", 64 * MIB)
-        for disk in disks:
-            full(disk, 2 * MIB)
+        disks, pool = await cramped()
         volume = pool.volume("v")
         written = await fill(volume)
         assert MIB < written < 64 * MIB
@@ -83,12 +90,7 @@ def test_trims_and_overwrites_go_on_for_ever_although_the_storage_is_full() -> N
     that was trimmed can be written again."""
 
     async def scenario() -> None:
-        disks = make_disks(4, 4 * MIB)
-        await make_pool(disks, 2, 1, journal=MIB)
-        pool = await open_pool(disks)
-        await pool.create_volume("v", 64 * MIB)
-        for disk in disks:
-            full(disk, 2 * MIB)
+        disks, pool = await cramped()
         volume = pool.volume("v")
         blocks = await fill(volume) // BLOCK_SIZE
         assert blocks > 2 * pool.engine.journal.size // 2
